@@ -1,0 +1,14 @@
+"""Every test runs on one torch thread, with the shapes and types of annotations checked."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jaxtyping
+import torch
+
+import tests.typecheck  # noqa: F401  (the hook below imports only `tests` and looks the rest up)
+
+torch.set_num_threads(1)
+jaxtyping.install_import_hook("whorl", "tests.typecheck.check")

@@ -1,0 +1,1 @@
+"""Credit, objectives, averages, penalties and the catalogue: pure functions."""
