@@ -1,0 +1,50 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whorl.data import Batch, cu_seqlens_of
+from whorl.learning.packing import micro_batches
+
+
+def batch_of(lengths: list[int]) -> Batch:
+    cu_seqlens = cu_seqlens_of(lengths)
+    num_tokens = int(cu_seqlens[-1])
+    return Batch(cu_seqlens, {"tokens_N": torch.arange(num_tokens), "name_S": torch.arange(len(lengths))})
+
+
+def test_sequences_are_taken_longest_first_and_fill_the_budget_of_padded_tokens():
+    parts = micro_batches(batch_of([3, 9, 4, 5, 2]), 10)
+    # 9 alone (2 x 9 > 10); 5 and 4 padded to 5; 3 and 2 padded to 3.
+    assert [part.length_S.tolist() for part in parts] == [[9], [5, 4], [3, 2]]
+    assert [part["name_S"].tolist() for part in parts] == [[1], [3, 2], [0, 4]]
+
+
+def test_tokens_travel_with_their_sequence():
+    parts = micro_batches(batch_of([2, 3, 1]), 3)
+    assert [part["tokens_N"].tolist() for part in parts] == [[2, 3, 4], [0, 1], [5]]
+
+
+def test_a_batch_within_the_budget_is_not_touched():
+    batch = batch_of([3, 9, 4])
+    assert micro_batches(batch, 27) == [batch]
+    assert len(micro_batches(batch, 26)) == 2
+
+
+def test_a_sequence_longer_than_the_budget_stands_alone():
+    assert [p.length_S.tolist() for p in micro_batches(batch_of([2, 50, 2]), 8)] == [[50], [2, 2]]
+
+
+def test_a_budget_of_no_tokens_is_refused():
+    with pytest.raises(ValueError, match="token_budget must be at least 1; got 0"):
+        micro_batches(batch_of([2]), 0)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 120))
+def test_every_sequence_is_in_one_part_and_every_part_within_the_budget(lengths, budget):
+    parts = micro_batches(batch_of(lengths), budget)
+    names = [name for part in parts for name in part["name_S"].tolist()]
+    assert sorted(names) == list(range(len(lengths)))
+    for part in parts:
+        padded = int(part.length_S.max()) * part.num_sequences
+        assert padded <= budget or part.num_sequences == 1

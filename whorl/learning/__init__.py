@@ -1,0 +1,1 @@
+"""From a batch to new weights: packing, learner, optimizer, supervised batches, checkpoints."""

@@ -1,0 +1,404 @@
+"""The learner: log-probabilities, gradients and updates of one model, whatever algorithm made the batch.
+
+It knows an algorithm by its terms alone: for each, which columns the objective reads and which column
+holds its weights. Here, and only here, objectives are negated:
+
+    loss = - sum over terms  coefficient * sum_n weight_n * objective_n   +   router loss
+
+The weights were fixed on the global batch, so the loss is a sum over sequences and its gradient does not
+depend on how they are cut into micro-batches.
+"""
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from whorl.algorithms.algorithm import LIVE, Term
+from whorl.algorithms.objectives import MAX_LOG_RATIO
+from whorl.data import Batch, Metrics, apply, columns_read_by
+from whorl.learning.checkpoint import check_tensors
+from whorl.learning.optimizer import Optimizer, OptimizerSettings
+from whorl.learning.packing import micro_batches
+from whorl.model.experts import Routing, load_balance_loss
+from whorl.model.layout import Layout
+from whorl.model.transformer import Hidden, Transformer
+
+HEAD_ELEMENTS = 2**26
+"""Most logits alive at once (256 MiB in fp32). More tokens are scored in pieces, whose logits are computed
+again in the backward pass: with a vocabulary of 100,000 they would outgrow all activations together."""
+
+
+class Learner:
+    """One model with its optimizer, and on request a value head and a frozen reference.
+
+    `temperature` is the one the policy samples at. `token_budget` bounds the padded tokens of a
+    micro-batch and changes memory and speed, not results. Batches come on the CPU; columns go to the
+    model's device as they are needed and results come back.
+
+    `router_aux_coefficient` multiplies the load-balance loss of expert layers. The value of MiniMax-M1's RL
+    stage is not published; 0.001 is the released configuration's for this form of the loss (which there
+    counts each of a token's k choices and so is k times as strong).
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        settings: OptimizerSettings,
+        *,
+        temperature: float = 1.0,
+        token_budget: int = 8192,
+        value_head: bool = False,
+        reference: bool = False,
+        router_aux_coefficient: float = 0.001,
+    ):
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0 (there is no gradient at 0); got {temperature}")
+        self.model, self.temperature, self.token_budget = model, temperature, token_budget
+        self.router_aux_coefficient = router_aux_coefficient
+        weight = model.embed_tokens.weight
+        self.device, self.dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        self.value_head: nn.Linear | None = None
+        if value_head:
+            # Zero weights: an untrained critic says 0 everywhere, and that the same in every run.
+            head = nn.Linear(model.config.width, 1, device=self.device, dtype=self.dtype)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            self.value_head = head
+        self.reference: Transformer | None = None
+        if reference:
+            self.set_reference()
+        self.optimizer = Optimizer(self._parameters().items(), settings)
+        self.version = 0
+        layers, experts = (model.config.num_layers, model.config.num_experts)
+        self._share_LE = torch.full((layers, experts), 1 / max(experts, 1), dtype=torch.float64)
+        self._share_LE = self._share_LE.to(self.device)
+        self._chosen_LE = torch.zeros(layers, experts, dtype=torch.int64, device=self.device)
+        self._pending = False
+
+    # Reading: nothing here changes the learner.
+
+    def logprobs(self, batch: Batch) -> Float[Tensor, " N"]:
+        """log pi of each token given those before it, in nats at the sampling temperature.
+
+        Over the whole vocabulary, in fp32 (float64 for a float64 model), without gradient; 0 where
+        `policy_N` is False.
+        """
+        return self._read(batch, self.model, self._logp)
+
+    def reference_logprobs(self, batch: Batch) -> Float[Tensor, " N"]:
+        """As `logprobs`, under the frozen reference policy."""
+        if self.reference is None:
+            raise ValueError("this learner keeps no reference policy; build it with reference=True")
+        return self._read(batch, self.reference, self._logp)
+
+    def values(self, batch: Batch) -> Float[Tensor, " N"]:
+        """The critic's estimate before each token is written (from the state after the token before it).
+
+        Without gradient; 0 where `policy_N` is False.
+        """
+        return self._read(batch, self.model, lambda model, hidden_MD, target_M: self._value(hidden_MD))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The policy's parameters by name, for a sampler: the live tensors, which the next update changes."""
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+    # Learning.
+
+    def set_reference(self) -> None:
+        """Make the present policy the reference."""
+        self.reference = copy.deepcopy(self.model).requires_grad_(False)
+
+    def forward_backward(
+        self, batch: Batch, terms: Sequence[Term], *, compare_sampler: bool = False
+    ) -> Metrics:
+        """Add the gradient of the batch's loss to what `optim_step` will apply, and say what was seen.
+
+        `batch` is the whole batch of the update: it holds `tokens_N`, `trained_N`, a weight column for each
+        term and what the objectives read. Per-token metrics of the objectives become means over its
+        trained tokens; `ratio_max` is there if the batch holds `logp_old_N`. With `compare_sampler`, the
+        metrics of `sampler_gap` come at no extra pass: meaningful as long as the weights are those that
+        sampled the batch.
+        """
+        self._check(batch, terms)
+        wanted = {name for term in terms for name in (*columns_read_by(term.objective), term.weight_column)}
+        live = wanted & set(LIVE)
+        wanted |= {"tokens_N", "trained_N"} | ({"logp_old_N"} if "logp_old_N" in batch else set())
+        wanted |= {"logp_sampler_N"} if compare_sampler else set()
+        slim = Batch(batch.cu_seqlens, {name: c for name, c in batch.columns.items() if name in wanted})
+        totals: defaultdict[str, Tensor | float] = defaultdict(float)
+        largest = torch.zeros((), dtype=torch.float64, device=self.device)
+        chosen_LE = torch.zeros_like(self._chosen_LE)
+        both: list[Tensor] = []
+        for part in micro_batches(slim, self.token_budget):
+            columns = {name: part[name].to(self.device) for name in wanted if name in part}
+            hidden = self._run(part, self.model)
+            columns |= self._live(columns, hidden.hidden_ND, live, [term.weight_column for term in terms])
+            loss, sums = _sum_terms(columns, terms)
+            router_loss, router_sums = self._router(hidden.routing, chosen_LE, batch.num_tokens)
+            (loss + self.router_aux_coefficient * router_loss).backward()
+            for name, value in (sums | router_sums).items():
+                totals[name] = totals[name] + value
+            if compare_sampler:
+                pair = torch.stack([columns["logp_N"].detach(), columns["logp_sampler_N"]])
+                both.append(pair[:, columns["trained_N"]])
+            if "logp_old_N" in columns:
+                gap_N = columns["logp_N"].detach() - columns["logp_old_N"]
+                gap_N = torch.where(columns["trained_N"], gap_N, -torch.inf).clamp(max=MAX_LOG_RATIO)
+                largest = torch.maximum(largest, gap_N.max().double().exp())
+        self._pending = True
+        self._chosen_LE += chosen_LE
+        num_trained = int(batch["trained_N"].sum())
+        metrics = {
+            name.removeprefix("mean:"): float(value) / (num_trained if name.startswith("mean:") else 1)
+            for name, value in totals.items()
+        }
+        metrics["trained_tokens"] = float(num_trained)
+        if "logp_old_N" in batch:
+            metrics["ratio_max"] = float(largest)
+        if compare_sampler:
+            learner_M, sampler_M = torch.cat(both, dim=1)
+            metrics |= sampler_gap(learner_M, sampler_M, torch.ones_like(learner_M, dtype=torch.bool))
+        return metrics | _expert_load(chosen_LE)
+
+    def optim_step(self) -> Metrics:
+        """Apply the accumulated gradient; the version grows by one.
+
+        A gradient that is not finite is dropped and changes nothing (`skipped_updates` is 1).
+        """
+        metrics = self.optimizer.update()
+        if not metrics["skipped_updates"]:
+            self.version += 1
+            if self._chosen_LE.numel():
+                self._share_LE = self._chosen_LE.double() / self._chosen_LE.sum(dim=1, keepdim=True)
+        self._chosen_LE.zero_()
+        self._pending = False
+        metrics["weight_norm"] = float(torch.nn.utils.get_total_norm(list(self.weights().values())))
+        return metrics
+
+    # Keeping.
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that decides how learning goes on: named tensors (live ones, not copies) and JSON values."""
+        if self._pending:
+            raise ValueError("a gradient is waiting to be applied; call optim_step before saving the learner")
+        moments = {f"optimizer/{name}": value for name, value in self.optimizer.tensors().items()}
+        return self._kept() | moments, {"version": self.version, "updates": self.optimizer.step}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave, bit for bit. ValueError if it belongs to another model."""
+        moments = {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")}
+        found = {name: t for name, t in tensors.items() if not name.startswith("optimizer/")}
+        kept = self._kept()
+        check_tensors(kept, found)
+        self.optimizer.load(moments, state["updates"])
+        with torch.no_grad():
+            for name, tensor in kept.items():
+                tensor.copy_(found[name])
+        self.version = state["version"]
+        self.optimizer.adamw.zero_grad(set_to_none=True)
+        self._chosen_LE.zero_()
+        self._pending = False
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        trained = {f"model/{name}": p for name, p in self.model.named_parameters()}
+        if self.value_head is not None:
+            trained |= {f"value_head/{name}": p for name, p in self.value_head.named_parameters()}
+        return trained
+
+    def _kept(self) -> dict[str, Tensor]:
+        """Everything but the moments. Parameters by name: a tied head is one tensor, stored once."""
+        kept: dict[str, Tensor] = {name: p.detach() for name, p in self._parameters().items()}
+        if self.reference is not None:
+            kept |= {f"reference/{name}": p for name, p in self.reference.named_parameters()}
+        if self._share_LE.numel():
+            kept["router/share_LE"] = self._share_LE
+        return kept
+
+    # The forward pass and the heads.
+
+    def _run(self, batch: Batch, model: Transformer) -> Hidden:
+        layout = Layout(batch.cu_seqlens.to(self.device))
+        return model(batch["tokens_N"].to(self.device), layout)
+
+    @torch.no_grad()
+    def _read(self, batch: Batch, model: Transformer, head: Callable[..., Tensor]) -> Float[Tensor, " N"]:
+        """head(model, hidden before the token, token) at the policy's tokens, 0 elsewhere; on the CPU."""
+        _check_first_tokens(batch, batch["policy_N"], "policy_N")
+        slim = Batch(batch.cu_seqlens, {name: batch[name] for name in ("tokens_N", "policy_N")})
+        slim = slim.with_columns(place_N=torch.arange(batch.num_tokens))
+        result_N = torch.zeros(batch.num_tokens, dtype=self.dtype)
+        for part in micro_batches(slim, self.token_budget):
+            index_M = part["policy_N"].nonzero().flatten()
+            hidden_ND = self._run(part, model).hidden_ND
+            hidden_MD = hidden_ND.index_select(0, (index_M - 1).to(self.device))
+            scores_M = head(model, hidden_MD, part["tokens_N"][index_M].to(self.device))
+            result_N[part["place_N"][index_M]] = scores_M.cpu()
+        return result_N
+
+    def _live(
+        self, columns: Mapping[str, Tensor], hidden_ND: Tensor, live: set[str], weights: list[str]
+    ) -> dict[str, Tensor]:
+        """The live columns, with gradient where a term reads them, 0 at tokens that nothing trains on."""
+        needed_N = columns["trained_N"]
+        for name in weights:
+            needed_N = needed_N | (columns[name] != 0)
+        index_M = needed_N.nonzero().flatten()
+        hidden_MD = hidden_ND.index_select(0, index_M - 1)
+
+        def spread(values_M: Tensor) -> Tensor:
+            return values_M.new_zeros(len(needed_N)).index_copy(0, index_M, values_M)
+
+        made = {}
+        logp_M, entropy_M = self._logp_and_entropy(
+            self.model, hidden_MD, columns["tokens_N"][index_M], "entropy_N" in live
+        )
+        made["logp_N"], made["entropy_N"] = spread(logp_M), spread(entropy_M)
+        if "value_N" in live:
+            made["value_N"] = spread(self._value(hidden_MD))
+        return made
+
+    def _value(self, hidden_MD: Tensor) -> Float[Tensor, " M"]:
+        if self.value_head is None:
+            raise ValueError("this learner has no critic; build it with value_head=True")
+        return self.value_head(hidden_MD.to(self.dtype))[:, 0]
+
+    def _logp(
+        self, model: Transformer, hidden_MD: Tensor, target_M: Int[Tensor, " M"]
+    ) -> Float[Tensor, " M"]:
+        pieces = [
+            _target(self._logp_of_all(model, hidden), target)
+            for hidden, target in self._pieces(hidden_MD, target_M)
+        ]
+        return torch.cat(pieces)
+
+    def _logp_and_entropy(
+        self, model: Transformer, hidden_MD: Tensor, target_M: Tensor, entropy_gradient: bool
+    ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
+        def score(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            logp_MV = self._logp_of_all(model, hidden)
+            inner = logp_MV if entropy_gradient else logp_MV.detach()
+            return _target(logp_MV, target), -(inner.exp() * inner).sum(dim=-1)
+
+        pieces = self._pieces(hidden_MD, target_M)
+        if len(pieces) == 1:
+            return score(*pieces[0])
+        scores = [checkpoint(score, *piece, use_reentrant=False) for piece in pieces]
+        return torch.cat([logp for logp, _ in scores]), torch.cat([entropy for _, entropy in scores])
+
+    def _logp_of_all(self, model: Transformer, hidden_MD: Tensor) -> Tensor:
+        logits = model.logits(hidden_MD)
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        return logits.log_softmax(dim=-1)
+
+    def _pieces(self, hidden_MD: Tensor, target_M: Tensor) -> list[tuple[Tensor, Tensor]]:
+        rows = max(HEAD_ELEMENTS // self.model.config.vocab_size, 1)
+        return list(zip(hidden_MD.split(rows), target_M.split(rows), strict=True))
+
+    def _router(
+        self, routing: list[Routing], chosen_LE: Tensor, num_tokens: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The load-balance loss of these tokens as their part of the batch's; adds to the counts."""
+        if not routing:
+            return torch.zeros((), device=self.device), {}
+        probs_NE = routing[0].probs_NE
+        weight_N = probs_NE.new_full((len(probs_NE),), 1 / num_tokens)
+        loss = load_balance_loss(routing, self._share_LE, weight_N)
+        with torch.no_grad():
+            for layer, chosen_E in zip(routing, chosen_LE, strict=True):
+                chosen_E += torch.bincount(layer.chosen.flatten(), minlength=len(chosen_E))
+            entropy = sum(torch.special.entr(layer.probs_NE).sum(dtype=torch.float64) for layer in routing)
+            spread = entropy / (len(routing) * num_tokens)
+        return loss, {"router_aux_loss": loss.detach(), "router_entropy_nats": torch.as_tensor(spread)}
+
+    def _check(self, batch: Batch, terms: Sequence[Term]) -> None:
+        if self.model.embed_tokens.weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the weights are {self.model.embed_tokens.weight.dtype}, in which small updates round to "
+                "nothing; train a float32 model"
+            )
+        if not terms:
+            raise ValueError("forward_backward needs at least one term")
+        for name in ("trained_N", *(term.weight_column for term in terms)):
+            if name not in batch:
+                raise ValueError(f"the batch has no column {name}; make it with assemble or supervised_batch")
+            _check_first_tokens(batch, batch[name] != 0, name)
+        if not batch["trained_N"].any():
+            raise ValueError("no token of the batch is trained")
+
+
+def _sum_terms(columns: Mapping[str, Tensor], terms: Sequence[Term]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one micro-batch, and what it adds to the metrics.
+
+    A name that begins with "mean:" is a sum over trained tokens, still to be divided by their number.
+    """
+    trained_N = columns["trained_N"]
+    loss = torch.zeros((), dtype=torch.float64, device=trained_N.device)
+    sums = {"mean:entropy_nats": columns["entropy_N"].detach()[trained_N].sum(dtype=torch.float64)}
+    for number, term in enumerate(terms):
+        weight_N = columns[term.weight_column]
+        objective_N, metrics = apply(term.objective, columns)
+        # A token without weight counts nothing, even where its objective overflowed to inf.
+        weighted_N = torch.where(weight_N != 0, weight_N * objective_N, 0.0)
+        total = weighted_N.sum(dtype=torch.float64)
+        loss = loss - term.coefficient * total
+        sums["objective" if number == 0 else f"term/{term.name}"] = total.detach()
+        for name, metric_N in metrics.items():
+            sums[f"mean:{name}"] = metric_N[trained_N].sum(dtype=torch.float64)
+    sums["loss"] = loss.detach()
+    return loss, sums
+
+
+def _target(logp_MV: Tensor, target_M: Tensor) -> Tensor:
+    return logp_MV.gather(1, target_M[:, None])[:, 0]
+
+
+def _check_first_tokens(batch: Batch, marked_N: Tensor, name: str) -> None:
+    first = marked_N[batch.cu_seqlens[:-1]].nonzero().flatten()
+    if len(first):
+        raise ValueError(
+            f"{name} marks the first token of sequence {int(first[0])}, which has no log-probability: "
+            "nothing stands before it. Begin every sequence with a prompt token"
+        )
+
+
+def _expert_load(chosen_LE: Tensor) -> Metrics:
+    """E times the largest and the smallest share of choices that one expert got, averaged over layers."""
+    if not chosen_LE.numel():
+        return {}
+    load_LE = chosen_LE.double() / chosen_LE.sum(dim=1, keepdim=True) * chosen_LE.shape[1]
+    return {
+        "expert_load_max": float(load_LE.amax(dim=1).mean()),
+        "expert_load_min": float(load_LE.amin(dim=1).mean()),
+    }
+
+
+def sampler_gap(
+    logp_learner_N: Float[Tensor, " N"], logp_sampler_N: Float[Tensor, " N"], mask_N: Bool[Tensor, " N"]
+) -> Metrics:
+    """How far two computations of the same tokens' log-probabilities are apart, over the masked tokens.
+
+    |difference| in nats: mean, 99th percentile, largest; and the Pearson correlation of the
+    probabilities, the figure MiniMax-M1 reports (arXiv:2506.13585 section 3.2). The correlation is left
+    out where it is not defined, with fewer than two different probabilities on a side.
+    """
+    if not mask_N.any():
+        raise ValueError("sampler_gap compares the masked tokens, and the mask selects none")
+    learner_M, sampler_M = logp_learner_N[mask_N].double(), logp_sampler_N[mask_N].double()
+    gap_M = (learner_M - sampler_M).abs()
+    metrics = {
+        "sampler_gap_mean_nats": float(gap_M.mean()),
+        "sampler_gap_p99_nats": float(gap_M.kthvalue(math.ceil(0.99 * len(gap_M))).values),
+        "sampler_gap_max_nats": float(gap_M.max()),
+    }
+    probs = torch.stack([learner_M, sampler_M]).exp()
+    if (probs != probs[:, :1]).any(dim=1).all():
+        metrics["sampler_prob_correlation"] = float(torch.corrcoef(probs)[0, 1])
+    return metrics

@@ -1,0 +1,157 @@
+"""AdamW with MiniMax-M1's settings, a learning-rate schedule, clipping, and updates that can be skipped."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from whorl.data import Metrics
+
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and how its learning rate moves.
+
+    MiniMax-M1 (arXiv:2506.13585 section 3.2) publishes beta1, beta2 and eps. It publishes no learning rate,
+    weight decay or gradient limit: `learning_rate` therefore has no default, and the other two are ours.
+    """
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-15
+    """M1's gradients span 1e-18 to 1e-5 and most are below 1e-14: with the usual 1e-8 the denominator of
+    the update would be eps, and most weights would stand still."""
+    weight_decay: float = 0.0
+    """Of matrices and embeddings; norms and biases (one dimension) never decay."""
+    max_grad_norm: float = 1.0
+    """Largest Euclidean norm of the whole gradient; math.inf: no limit."""
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    total_steps: int | None = None
+    """Updates after which the rate has come down to `final_frac`; only the constant schedule needs none."""
+    final_frac: float = 0.0
+
+    def __post_init__(self) -> None:
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(f"optimizer settings: {message}")
+
+        need(self.learning_rate >= 0, f"learning_rate must not be negative; got {self.learning_rate}")
+        need(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, f"betas in [0, 1); got {self.beta1}, {self.beta2}")
+        need(self.eps > 0, f"eps must be above 0; got {self.eps}")
+        need(self.weight_decay >= 0, f"weight_decay must not be negative; got {self.weight_decay}")
+        need(self.max_grad_norm > 0, f"max_grad_norm must be above 0; got {self.max_grad_norm}")
+        need(self.warmup_steps >= 0, f"warmup_steps must not be negative; got {self.warmup_steps}")
+        need(0 <= self.final_frac <= 1, f"final_frac must be in [0, 1]; got {self.final_frac}")
+        if self.schedule != "constant":
+            need(self.total_steps is not None, f"a {self.schedule} schedule needs total_steps")
+            assert self.total_steps is not None
+            need(
+                self.total_steps > self.warmup_steps,
+                f"total_steps must exceed warmup_steps; got {self.total_steps} and {self.warmup_steps}",
+            )
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of the update that follows `step` earlier ones.
+
+        Update w of the warm-up has w / warmup_steps of the rate; then it stays, or falls to
+        `final_frac` of it, reached at `total_steps` and kept.
+        """
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant" or self.total_steps is None:
+            return self.learning_rate
+        progress = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
+        left = 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.learning_rate * (self.final_frac + (1 - self.final_frac) * left)
+
+
+class Optimizer:
+    """torch's AdamW over named parameters, with the schedule, the clip and the check of the gradient.
+
+    theta -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta), arXiv:1711.05101 Algorithm 2. The
+    fused kernel is used where there is one: it reads and writes each weight once.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings):
+        named = dict(parameters)
+        matrices = {name: p for name, p in named.items() if p.ndim >= 2}
+        vectors = {name: p for name, p in named.items() if p.ndim < 2}
+        self.settings = settings
+        self.step = 0
+        # torch numbers parameters through its groups in order; so do these lists.
+        self.names = [*matrices, *vectors]
+        self.parameters = [*matrices.values(), *vectors.values()]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": list(matrices.values()), "weight_decay": settings.weight_decay},
+                {"params": list(vectors.values()), "weight_decay": 0.0},
+            ],
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            fused=self.parameters[0].device.type in FUSED_DEVICES,
+        )
+
+    def update(self) -> Metrics:
+        """Take the step that the gradients ask for, and drop them.
+
+        If their norm is not finite nothing changes, neither weights nor moments nor schedule:
+        `skipped_updates` is 1 and there is no `grad_norm` to report.
+        """
+        limit, rate = self.settings.max_grad_norm, self.settings.learning_rate_at(self.step)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients:
+            raise ValueError("there is no gradient to update with; call forward_backward before optim_step")
+        norm = torch.nn.utils.get_total_norm(gradients)
+        grad_norm = float(norm)
+        if not math.isfinite(grad_norm):
+            self.adamw.zero_grad(set_to_none=True)
+            return {"learning_rate": rate, "skipped_updates": 1.0}
+        if grad_norm > limit:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.step += 1
+        return {
+            "grad_norm": grad_norm,
+            "grad_clipped_frac": float(grad_norm > limit),
+            "learning_rate": rate,
+            "skipped_updates": 0.0,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments and step counts as `<parameter>/<moment>`: torch's own tensors, not copies."""
+        state = self.adamw.state
+        return {
+            f"{name}/{key}": value
+            for name, parameter in zip(self.names, self.parameters, strict=True)
+            if parameter in state
+            for key, value in sorted(state[parameter].items())
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Continue from what `tensors()` gave after `step` updates."""
+        state: dict[int, dict[str, Tensor]] = {}
+        index = {name: number for number, name in enumerate(self.names)}
+        for name, value in tensors.items():
+            parameter, _, moment = name.rpartition("/")
+            if parameter not in index:
+                raise ValueError(f"the optimizer state has moments of {parameter!r}, which is no parameter")
+            expected = () if moment == "step" else tuple(self.parameters[index[parameter]].shape)
+            if tuple(value.shape) != expected:
+                raise ValueError(
+                    f"optimizer state {name!r} has shape {tuple(value.shape)}; expected {expected}"
+                )
+            state.setdefault(index[parameter], {})[moment] = value.clone()
+        groups = self.adamw.state_dict()["param_groups"]
+        self.adamw.load_state_dict({"state": state, "param_groups": groups})
+        self.step = step
