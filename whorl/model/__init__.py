@@ -1,0 +1,1 @@
+"""The network: configuration, transformer, lightning and softmax attention, experts, state, tokenizers."""

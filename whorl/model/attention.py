@@ -1,0 +1,199 @@
+"""The two kinds of attention, each with one definition for training, prefill and decode."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whorl.kernels.lightning import lightning, lightning_decode, slopes
+from whorl.model.config import ModelConfig
+from whorl.model.layout import Layout
+from whorl.model.state import State
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (float64 stays float64)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+
+
+@dataclass
+class Step:
+    """What all layers of one forward pass share.
+
+    `state` and `slots` are given when the tokens continue sequences (prefill, decode): sequence s of the
+    layout continues `slots[s]`. `decode` says that every sequence has one token and sits in slot s.
+    """
+
+    layout: Layout
+    rotation: tuple[Tensor, Tensor]
+    state: State | None = None
+    slots: Tensor | None = None
+    start_S: Tensor | None = None
+    decode: bool = False
+    key_limit: int = 0
+
+
+class LightningAttention(nn.Module):
+    """out = Wo( sigmoid(x Wg) * RMSNorm(concat_h o_h) ), with q, k, v = SiLU(x Wqkv).
+
+    The rows of Wqkv are head-major: [q_h | k_h | v_h] for each head in turn. v passes the SiLU too. There is
+    no rotary embedding and no scale; the norm runs over all heads' channels together
+    (MiniMax-01, arXiv:2501.08313 section 2.2, and the released checkpoints' arithmetic).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, index: int):
+        super().__init__()
+        self.num_heads, self.head_dim, self.index = config.num_heads, config.head_dim, index
+        inner = config.num_heads * config.head_dim
+        self.qkv_proj = nn.Linear(config.width, 3 * inner, bias=False)
+        self.output_gate = nn.Linear(config.width, inner, bias=False)
+        self.norm = RMSNorm(inner, config.lightning_norm_eps)
+        self.out_proj = nn.Linear(inner, config.width, bias=False)
+        self.slopes = (config.num_heads, layer, config.num_layers)
+        self._slope_H: Tensor | None = None
+
+    def slope_H(self, device: torch.device) -> Tensor:
+        """fp32 slopes. Not a buffer, so that casting the model to bf16 cannot touch them."""
+        if self._slope_H is None or self._slope_H.device != device:
+            # The engine may come first, and training must be able to save the tensor for its backward pass.
+            with torch.inference_mode(False):
+                self._slope_H = slopes(*self.slopes).to(device)
+        return self._slope_H
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        N, H, K = len(x), self.num_heads, self.head_dim
+        qkv = F.silu(self.qkv_proj(x)).view(N, H, 3 * K)
+        slope_H = self.slope_H(x.device)
+        if step.decode:
+            assert step.state is not None
+            q, k, v = qkv.split(K, dim=-1)
+            out = lightning_decode(q, k, v, slope_H, step.state.lightning[self.index][:N])
+        else:
+            layout = step.layout
+            q, k, v = layout.pad(qkv).permute(0, 2, 1, 3).split(K, dim=-1)
+            length_S = None if layout.rectangular else layout.length_S
+            incoming = None
+            if step.state is not None:
+                pool = step.state.lightning[self.index]
+                incoming = pool[step.slots]
+            rows, final = lightning(
+                q.contiguous(), k.contiguous(), v.contiguous(), slope_H,
+                state=incoming, length_S=length_S, want_state=step.state is not None,
+            )  # fmt: skip
+            if step.state is not None:
+                assert final is not None
+                pool[step.slots] = final
+            out = layout.unpad(rows.permute(0, 2, 1, 3))
+        gate = torch.sigmoid(self.output_gate(x))
+        return self.out_proj(gate * self.norm(out.reshape(N, H * K)))
+
+
+def rotation(config: ModelConfig, position_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin `[N, 1, rotary]` of the rotary embedding: angles in float64, rounded once to `dtype`."""
+    pairs = torch.arange(0, config.rotary, 2, device=position_N.device, dtype=torch.float64)
+    inverse = config.rope_theta ** (-pairs / max(config.rotary, 1))
+    angle = position_N[:, None].to(torch.float64) * inverse
+    angle = torch.cat([angle, angle], dim=-1)[:, None, :]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the leading `rotary` dimensions of each head, halves paired (NeoX), the rest unchanged.
+
+    x `[N, H, K]`; arXiv:2104.09864 Eq. 34 in the half-split arrangement of the checkpoints.
+    """
+    rotary = cos.shape[-1]
+    if rotary == 0:
+        return x
+    head, rest = x[..., :rotary], x[..., rotary:]
+    half = rotary // 2
+    turned = torch.cat([-head[..., half:], head[..., :half]], dim=-1)
+    rotated = head * cos + turned * sin
+    return rotated if rotary == x.shape[-1] else torch.cat([rotated, rest], dim=-1)
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal attention with grouped heads, partial rotary embedding, scale 1/sqrt(K)."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
+        self.index = index
+        query, key = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.width, query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.width, key, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.width, key, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query, config.width, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        N, K = len(x), self.head_dim
+        q = self.q_proj(x).view(N, self.num_heads, K)
+        k = self.k_proj(x).view(N, self.kv_heads, K)
+        v = self.v_proj(x).view(N, self.kv_heads, K)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *step.rotation), rotate(k, *step.rotation)
+        if step.decode:
+            out = self._decode(q, k, v, step)
+        elif step.state is not None:
+            out = self._continue(q, k, v, step)
+        else:
+            pad = step.layout.pad
+            q, k, v = (pad(y).transpose(1, 2) for y in (q, k, v))
+            # Padding stands at the end of a row, where no real token looks: causality is the only mask.
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.num_heads
+            )
+            out = step.layout.unpad(out.transpose(1, 2))
+        return self.o_proj(out.reshape(N, self.num_heads * K))
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """One token per sequence against its own cached row. q `[S, H, K]`; the cache is extended."""
+        assert step.state is not None
+        assert step.start_S is not None
+        S, H, K = q.shape
+        keys, values = step.state.keys[self.index], step.state.values[self.index]
+        row = torch.arange(S, device=q.device)
+        keys[row, :, step.start_S] = k
+        values[row, :, step.start_S] = v
+        limit = step.key_limit
+        seen = torch.arange(limit, device=q.device) <= step.start_S[:, None]
+        # The query heads of a group are rows of one small product: the cache is never expanded.
+        q = q.view(S, self.kv_heads, H // self.kv_heads, K)
+        scores = q @ keys[:S, :, :limit].transpose(-1, -2) * K**-0.5
+        scores = scores.masked_fill(~seen[:, None, None, :], float("-inf"))
+        return (scores.softmax(dim=-1) @ values[:S, :, :limit]).view(S, H, K)
+
+    def _continue(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Several new tokens per sequence after what its slot holds; the cache is extended."""
+        assert step.state is not None
+        assert step.slots is not None
+        assert step.start_S is not None
+        layout, slots = step.layout, step.slots
+        keys, values = step.state.keys[self.index], step.state.values[self.index]
+        slot_N = slots[layout.sequence_N]
+        place_N = step.start_S[layout.sequence_N] + layout.position_N
+        keys[slot_N, :, place_N] = k
+        values[slot_N, :, place_N] = v
+        limit = step.key_limit
+        # Key j is seen by the query at offset i of its row if j <= start + i.
+        offset = torch.arange(layout.max_length, device=q.device)
+        last_ST = step.start_S[:, None] + offset
+        seen = torch.arange(limit, device=q.device) <= last_ST[:, :, None]
+        out = F.scaled_dot_product_attention(
+            layout.pad(q).transpose(1, 2), keys[slots, :, :limit], values[slots, :, :limit],
+            attn_mask=seen[:, None], enable_gqa=self.kv_heads != self.num_heads,
+        )  # fmt: skip
+        return layout.unpad(out.transpose(1, 2))

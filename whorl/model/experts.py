@@ -1,0 +1,90 @@
+"""Feed-forward layers: one dense SwiGLU, or a mixture of experts with its router."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whorl.model.config import ModelConfig
+
+
+@dataclass
+class Routing:
+    """What the router of one layer decided: probabilities `[N, E]` (with gradient), experts `[N, k]`."""
+
+    probs_NE: Tensor
+    chosen: Tensor
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of a tensor whose last dimension holds gate then up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class DenseFeedForward(nn.Module):
+    """w2( silu(w1 x) * w3 x ), with w1 and w3 stored as one matrix."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.ffn_width, bias=False)
+        self.down = nn.Linear(config.ffn_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.down(swiglu(self.gate_up(x))), None
+
+
+class Experts(nn.Module):
+    """Softmax over all experts in fp32, the top k renormalised to sum 1, no token dropped.
+
+    Renormalising the k chosen probabilities equals MiniMax-01's softmax over the k chosen logits
+    (arXiv:2501.08313 Eq. 1-2). Tokens are sorted by expert and multiplied in groups, so the cost is that of
+    the chosen experts only.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_experts, self.k = config.num_experts, config.experts_per_token
+        E, D, ffn = config.num_experts, config.width, config.ffn_width
+        self.gate = nn.Linear(D, E, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(E, 2 * ffn, D))
+        self.down = nn.Parameter(torch.empty(E, D, ffn))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        N, k = len(x), self.k
+        # The router runs in fp32 throughout: bf16 logits flip close calls between sampler and learner.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        probs_NE = F.linear(x.to(wide), self.gate.weight.to(wide)).softmax(dim=-1)
+        top, chosen = probs_NE.topk(k, dim=-1)
+        weight = (top / top.sum(dim=-1, keepdim=True)).to(x.dtype)
+        expert, order = chosen.flatten().sort(stable=True)
+        ends = torch.bincount(expert, minlength=self.num_experts).cumsum(0).to(torch.int32)
+        rows = _grouped(x[order // k], self.gate_up, ends)
+        rows = _grouped(swiglu(rows), self.down, ends)
+        rows = rows * weight.flatten()[order, None]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(N * k, device=order.device)
+        return rows[back].view(N, k, -1).sum(dim=1), Routing(probs_NE, chosen)
+
+
+def _grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows `[M, in]` sorted by expert, times that expert's `weight [E, out, in]`: `[M, out]`."""
+    if rows.dtype == torch.float64:  # the grouped product has no float64 kernel
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        return torch.cat([F.linear(r, w) for r, w in zip(rows.split(sizes), weight, strict=True)])
+    return F.grouped_mm(rows, weight.transpose(-1, -2), offs=ends)
+
+
+def load_balance_loss(routing: list[Routing], share_LE: Tensor, weight_N: Tensor) -> Tensor:
+    """E * sum_e f_e p_e averaged over layers: the Switch loss (arXiv:2101.03961 Eq. 4-6), made additive.
+
+    p_e is the weighted mean probability of expert e over these tokens (`weight_N` sums to 1 over the global
+    batch) and f_e, `share_LE`, the share of choices that went to it, taken from the previous update's global
+    batch. With f given, the loss is a sum over tokens, so it does not depend on how the batch is cut.
+    """
+    total = routing[0].probs_NE.new_zeros(())
+    for layer, share_E in zip(routing, share_LE, strict=True):
+        mean_E = weight_N.to(layer.probs_NE.dtype) @ layer.probs_NE
+        total = total + (share_E.to(mean_E.dtype) * mean_E).sum() * len(share_E)
+    return total / len(routing)

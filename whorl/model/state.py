@@ -1,0 +1,103 @@
+"""What a model remembers of running sequences: lightning states and key/value rows, in slots."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whorl.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of one sequence after `length` tokens, on its own storage."""
+
+    length: int
+    lightning: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+class State:
+    """Slots for sequences that are being prefilled or decoded.
+
+    Per lightning layer `[slots, H, K, K]`, fp32 whatever the model's dtype (a bf16 state drifts by whole
+    percents within thousands of tokens); per softmax layer keys and values `[slots, KV, capacity, K]`.
+    `length` counts the tokens each slot has consumed.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_slots: int,
+        *,
+        capacity: int = 256,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.config = config
+        self.num_slots = num_slots
+        self.length = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        num_lightning = config.attention.count("lightning")
+        num_softmax = config.attention.count("softmax")
+        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        head = (config.num_heads, config.head_dim, config.head_dim)
+        self.lightning = [
+            torch.zeros(num_slots, *head, dtype=state_dtype, device=device) for _ in range(num_lightning)
+        ]
+        self.capacity = min(capacity, config.max_context)
+        row = (config.kv_heads, self.capacity, config.head_dim)
+        self.keys = [torch.zeros(num_slots, *row, dtype=dtype, device=device) for _ in range(num_softmax)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of `length` tokens (doubling, up to the model's context)."""
+        if length <= self.capacity:
+            return
+        if length > self.config.max_context:
+            context = self.config.max_context
+            raise ValueError(f"a sequence of {length} tokens exceeds the context of {context}")
+        grown = min(max(length, 2 * self.capacity), self.config.max_context)
+        for rows in (self.keys, self.values):
+            for layer, old in enumerate(rows):
+                new = old.new_zeros(*old.shape[:2], grown, old.shape[3])
+                new[:, :, : self.capacity] = old
+                rows[layer] = new
+        self.capacity = grown
+
+    def clear(self, slot: int) -> None:
+        """Make the slot that of a sequence with no tokens."""
+        self.length[slot] = 0
+        for state in self.lightning:
+            state[slot] = 0
+
+    def snapshot(self, slot: int) -> Snapshot:
+        """A copy of the slot that later decoding does not touch."""
+        length = int(self.length[slot])
+        return Snapshot(
+            length,
+            tuple(state[slot].clone() for state in self.lightning),
+            tuple(keys[slot, :, :length].clone() for keys in self.keys),
+            tuple(values[slot, :, :length].clone() for values in self.values),
+        )
+
+    def restore(self, slots: list[int], snapshot: Snapshot) -> None:
+        """Put a snapshot into every one of `slots`: a fork, or a rewind."""
+        self.reserve(snapshot.length)
+        index = torch.tensor(slots, device=self.length.device)
+        self.length[index] = snapshot.length
+        for state, saved in zip(self.lightning, snapshot.lightning, strict=True):
+            state[index] = saved
+        for rows, saved_rows in ((self.keys, snapshot.keys), (self.values, snapshot.values)):
+            for row, saved in zip(rows, saved_rows, strict=True):
+                row[index, :, : snapshot.length] = saved
+
+    def move(self, source: int, target: int) -> None:
+        """Copy slot `source` over slot `target` (the running slots are kept dense)."""
+        length = int(self.length[source])
+        self.length[target] = length
+        for state in self.lightning:
+            state[target] = state[source]
+        for rows in (self.keys, self.values):
+            for row in rows:
+                row[target, :, :length] = row[source, :, :length]

@@ -1,0 +1,175 @@
+"""Text to token ids and back, and the chat format: a thin layer over the `tokenizers` library.
+
+Two kinds, both with an exact round trip. `Tokenizer.characters(alphabet)` has one id per character and suits
+small models of one task; `Tokenizer.byte_level()` has one id per byte of UTF-8 and takes any text. Ids of
+text come first, those of the special tokens last.
+
+Text is untrusted: a user, a tool or the policy itself may spell "<end>". The special tokens are entries of
+the vocabulary that no text can reach, because text is cut into single characters or bytes and nothing ever
+merges them; only `render` and the sampler put a special id into a sequence.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from whorl.data import Message
+
+SPECIAL_TOKENS = ("<pad>", "<end>", "<system>", "<user>", "<assistant>", "<tool>")
+"""The last ids of every vocabulary, in this order."""
+
+CHAT_ROLE = {"reflection": "assistant", "retry": "assistant"}
+"""Roles that a policy gives its own turns, and the chat role as which the model reads them."""
+
+
+class Tokenizer:
+    """Made by `characters`, `byte_level` or `load`; never changes afterwards."""
+
+    def __init__(self, kind: Literal["characters", "bytes"], text_tokens: Sequence[str]):
+        self.kind = kind
+        self._text_tokens = tuple(text_tokens)
+        self._known = frozenset(text_tokens)
+        vocabulary = {token: index for index, token in enumerate((*text_tokens, *SPECIAL_TOKENS))}
+        if kind == "characters":
+            self._inner = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+            # Oniguruma's dot stops at a newline and it knows no (?s): this class is any character at all.
+            every = tokenizers.Regex(r"[\s\S]")
+            self._inner.pre_tokenizer = pre_tokenizers.Split(every, "isolated")
+            self._inner.decoder = decoders.Fuse()
+        else:
+            # Byte-pair encoding without a single pair: every byte stays a token.
+            self._inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+            self._inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            self._inner.decoder = decoders.ByteLevel()
+        self.vocab_size = len(vocabulary)
+        self.pad_id = vocabulary["<pad>"]
+        self.end_id = vocabulary["<end>"]
+        self._role_ids = {token[1:-1]: vocabulary[token] for token in SPECIAL_TOKENS[2:]}
+
+    @classmethod
+    def characters(cls, alphabet: str) -> "Tokenizer":
+        """One id per character of `alphabet`, in the order of their code points; repetitions do not count."""
+        if not alphabet:
+            raise ValueError("a character tokenizer needs at least one character in its alphabet; got none")
+        _check_unicode(alphabet)
+        return cls("characters", sorted(set(alphabet)))
+
+    @classmethod
+    def byte_level(cls) -> "Tokenizer":
+        """256 ids, id b for byte b of the text's UTF-8, and the special tokens."""
+        return cls("bytes", _BYTE_LETTERS)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no special id, whatever it spells.
+
+        ValueError where a character is not in a character tokenizer's alphabet.
+        """
+        if self.kind == "characters" and not self._known.issuperset(text):
+            unknown = next(character for character in text if character not in self._known)
+            raise ValueError(
+                f"character {unknown!r} (U+{ord(unknown):04X}) is not in the alphabet of this tokenizer, "
+                f"{''.join(self._text_tokens)!r}; add it to the alphabet or use Tokenizer.byte_level()"
+            )
+        _check_unicode(text)
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Text of the ids without special tokens. Bytes that are not UTF-8 become U+FFFD."""
+        values = [int(index) for index in ids]
+        for index in values:
+            self._check_id(index)
+        return self._inner.decode([index for index in values if index < len(self._text_tokens)])
+
+    def token_text(self, index: int) -> str:
+        """How one token looks in a display: as it is if printable, else escaped (`\\n`, `\\xe2`)."""
+        self._check_id(index)
+        if index >= len(self._text_tokens):
+            return SPECIAL_TOKENS[index - len(self._text_tokens)]
+        if self.kind == "bytes":
+            return chr(index) if 0x20 <= index < 0x7F else repr(bytes([index]))[2:-1]
+        character = self._text_tokens[index]
+        return character if character.isprintable() else repr(character)[1:-1]
+
+    def render(self, messages: Iterable[Message], generation: bool) -> list[tuple[str, list[int]]]:
+        """The conversation as segments (role, ids), one per message: role token, text, `<end>`.
+
+        With `generation`, a last segment is the prompt of the model's turn: the assistant's role token.
+        A message of role "reflection" or "retry" keeps that role in its segment; its ids are the assistant's.
+        """
+        segments = [
+            (message.role, [self._role_id(message.role), *self.encode(message.text), self.end_id])
+            for message in messages
+        ]
+        if generation:
+            segments.append(("assistant", [self._role_id("assistant")]))
+        return segments
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that two tokenizers share exactly if they give every text the same ids."""
+        vocabulary = json.dumps([self.kind, *self._text_tokens, *SPECIAL_TOKENS])
+        return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json of the `tokenizers` library, with the special tokens marked as such."""
+        marked = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        marked.add_special_tokens(list(SPECIAL_TOKENS))
+        Path(path).write_text(marked.to_str(pretty=True), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read what `save` wrote; ValueError for any other tokenizer.json."""
+        content = Path(path).read_text(encoding="utf-8")
+        try:
+            inner = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        vocabulary = inner.get_vocab()
+        tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+        text_tokens = tokens[: -len(SPECIAL_TOKENS)]
+        if tuple(tokens[len(text_tokens) :]) == SPECIAL_TOKENS:
+            if isinstance(inner.model, models.BPE) and text_tokens == _BYTE_LETTERS:
+                return cls.byte_level()
+            if isinstance(inner.model, models.WordLevel) and all(len(token) == 1 for token in text_tokens):
+                return cls.characters("".join(text_tokens))
+        raise ValueError(
+            f"{path} holds a {type(inner.model).__name__} vocabulary of {len(tokens)} tokens; expected one "
+            f"that Tokenizer.save wrote: single characters or the 256 bytes, then {' '.join(SPECIAL_TOKENS)}"
+        )
+
+    def _role_id(self, role: str) -> int:
+        return self._role_ids[CHAT_ROLE.get(role, role)]
+
+    def _check_id(self, index: int) -> None:
+        if not 0 <= index < self.vocab_size:
+            raise ValueError(f"token id {index} is outside the vocabulary of {self.vocab_size} tokens")
+
+
+def _check_unicode(text: str) -> None:
+    """ValueError for a lone surrogate, which no UTF-8 text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {text[error.start]!r} at {error.start} is half of a surrogate pair, not Unicode text"
+        ) from error
+
+
+def _byte_letters() -> list[str]:
+    """The letter by which the library's byte-level step names each byte, in the order of the bytes.
+
+    Printable bytes of Latin-1 stand for themselves and the others for U+0100, U+0101, ... in order (GPT-2's
+    table); the library lists the letters of its table but not which byte each one means.
+    """
+    own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in own else chr(next(spare)) for byte in range(256)]
+
+
+_BYTE_LETTERS = _byte_letters()

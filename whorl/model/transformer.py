@@ -1,0 +1,149 @@
+"""The transformer: one definition for training, prefill and decode."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from whorl.model.attention import LightningAttention, RMSNorm, SoftmaxAttention, Step, rotation
+from whorl.model.config import ModelConfig
+from whorl.model.experts import DenseFeedForward, Experts, Routing
+from whorl.model.layout import Layout
+from whorl.model.state import State
+
+
+@dataclass
+class Hidden:
+    """The normalised last hidden state of every token, and the routing of every expert layer."""
+
+    hidden_ND: Tensor
+    routing: list[Routing]
+
+
+class Block(nn.Module):
+    """Attention then feed-forward.
+
+    post: x = norm(x); x = alpha x + f(x)   twice. The residual stream carries the *normalised* value
+    scaled by alpha, as the MiniMax checkpoints compute it (`postnorm`).
+    pre:  x = x + f(norm(x))   twice.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        kind = config.attention[layer]
+        index = config.attention[:layer].count(kind)
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        if kind == "lightning":
+            self.self_attn = LightningAttention(config, layer, index)
+        else:
+            self.self_attn = SoftmaxAttention(config, index)
+        self.feed_forward = Experts(config) if config.num_experts else DenseFeedForward(config)
+        self.post = config.residual == "post"
+        self.alpha = config.residual_alpha
+
+    def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Routing | None]:
+        normed = self.input_layernorm(x)
+        attended = self.self_attn(normed, step)
+        x = torch.add(attended, normed, alpha=self.alpha) if self.post else x + attended
+        normed = self.post_attention_layernorm(x)
+        fed, routing = self.feed_forward(normed)
+        return (torch.add(fed, normed, alpha=self.alpha) if self.post else x + fed), routing
+
+
+class Transformer(nn.Module):
+    """Tokens in, hidden states out; `logits` turns chosen hidden states into fp32 logits.
+
+    The head always computes in fp32 (MiniMax-M1, arXiv:2506.13585 section 3.2: with a bf16 head sampler and
+    learner disagreed so much that the reward did not grow), float64 for a float64 model.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.checkpoint_activations = False
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> "Transformer":
+        """Normal weights of the configured std, zero biases, unit norms; a function of the seed alone."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                values = torch.randn(parameter.shape, generator=generator) * self.config.init_std
+                parameter.copy_(values)
+        return self
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(
+        self, tokens_N: Tensor, layout: Layout, state: State | None = None, slots: Tensor | None = None
+    ) -> Hidden:
+        """Hidden states of packed tokens.
+
+        With `state` and `slots`, sequence s of the layout continues the sequence in slot `slots[s]`: its
+        tokens see all that the slot holds, and the slot is extended by them (no gradient).
+        """
+        if state is None:
+            step = Step(layout, self._rotation(layout.position_N))
+        else:
+            assert slots is not None, "a forward pass with a state needs the slots of its sequences"
+            assert not torch.is_grad_enabled(), "a state is extended without gradient: use torch.no_grad()"
+            start_S = state.length[slots]
+            end = int((start_S + layout.length_S).max())
+            state.reserve(end)
+            position_N = start_S[layout.sequence_N] + layout.position_N
+            step = Step(layout, self._rotation(position_N), state, slots, start_S, key_limit=end)
+        hidden = self._run(tokens_N, step)
+        if state is not None:
+            state.length[slots] += layout.length_S
+        return hidden
+
+    def decode(self, tokens_S: Tensor, state: State) -> Hidden:
+        """One further token for each of the sequences in slots 0 .. S - 1."""
+        S = len(tokens_S)
+        start_S = state.length[:S]
+        end = int(start_S.max()) + 1
+        state.reserve(end)
+        step = Step(
+            _ONE_TOKEN, self._rotation(start_S), state, None, start_S.clone(), decode=True, key_limit=end
+        )
+        hidden = self._run(tokens_S, step)
+        state.length[:S] += 1
+        return hidden
+
+    def _rotation(self, position_N: Tensor) -> tuple[Tensor, Tensor]:
+        return rotation(self.config, position_N, self.embed_tokens.weight.dtype)
+
+    def _run(self, tokens_N: Tensor, step: Step) -> Hidden:
+        x = self.embed_tokens(tokens_N)
+        routings: list[Routing] = []
+        for block in self.layers:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, routing = checkpoint(block, x, step, use_reentrant=False)
+            else:
+                x, routing = block(x, step)
+            if routing is not None:
+                routings.append(routing)
+        return Hidden(self.norm(x), routings)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits `[..., V]` of hidden states `[..., D]`."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return F.linear(hidden.to(wide), self.lm_head.weight.to(wide))
+
+
+_ONE_TOKEN = Layout(torch.tensor([0, 1]))
