@@ -1,0 +1,193 @@
+"""One conversation with the engine, recorded token by token: what an environment's episode talks to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from whorl.data import Message, Problem, Rollout, Turn, role_code
+from whorl.model.state import Snapshot
+from whorl.model.tokenizer import Tokenizer
+from whorl.sampling.draw import Sampling
+from whorl.sampling.engine import Completion, Request
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What completes requests: the engine, or a script that says given replies."""
+
+    @property
+    def max_context(self) -> int: ...
+
+    async def complete(self, request: Request) -> Completion: ...
+
+
+class Script:
+    """A sampler that says given replies, turn by turn: demonstrations with the real tokens and roles.
+
+    Its log-probs are 0, since nobody drew the tokens: train on them by imitation only.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, replies: Sequence[str], max_context: int):
+        self._tokenizer, self._replies, self.max_context = tokenizer, list(replies), max_context
+
+    async def complete(self, request: Request) -> Completion:
+        if not self._replies:
+            raise ValueError("the episode asks for more turns than the demonstration has replies")
+        tokens = np.array([*self._tokenizer.encode(self._replies.pop(0)), self._tokenizer.end_id])
+        zeros = np.zeros(len(tokens), dtype=np.float32)
+        return Completion(tokens, zeros, zeros, np.zeros(len(tokens), dtype=np.int32), "stop_token")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a conversation to which `rewind` returns."""
+
+    num_tokens: int
+    num_turns: int
+    unread: tuple[int, ...]
+    snapshot: Snapshot | None
+    stop: str | None
+
+
+class Dialogue:
+    """A conversation that grows by reading messages and writing turns; at the end, a Rollout.
+
+    Tokens are only ever appended, and nothing is tokenised twice: what the policy drew is what is kept. After
+    each turn the model's state is kept if `keep_state` (environments with several turns), so a further turn
+    reads only what is new.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        problem: Problem,
+        *,
+        key: int,
+        group: int = 0,
+        sample: int = 0,
+        sampling: Sampling | None = None,
+        keep_state: bool = False,
+    ):
+        self._sampler, self._tokenizer, self._problem = sampler, tokenizer, problem
+        self._key, self._group, self._sample = key, group, sample
+        self._sampling, self._keep_state = sampling or Sampling(), keep_state
+        self._tokens: list[int] = []
+        self._policy: list[bool] = []
+        self._role: list[int] = []
+        self._logp: list[float] = []
+        self._raw_logp: list[float] = []
+        self._version: list[int] = []
+        self._transcript: list[Turn] = []
+        self._unread: tuple[int, ...] = ()  # tokens the model has not consumed yet
+        self._snapshot: Snapshot | None = None
+        self._stop: str | None = None
+        self.sampler_error: Exception | None = None
+        """What the sampler raised, so that who plays the episode can tell it from the environment's errors."""
+
+    @property
+    def sample(self) -> int:
+        return self._sample
+
+    @property
+    def done(self) -> bool:
+        """Whether no further turn can be written."""
+        return self._stop in ("context", "repetition")
+
+    def read(self, *messages: Message) -> None:
+        """Append messages from outside the policy."""
+        self._close_turn()
+        for message in messages:
+            start = len(self._tokens)
+            for role, ids in self._tokenizer.render([message], generation=False):
+                self._append(ids, role)
+            self._transcript.append(Turn(message.role, message.text, False, start, len(self._tokens)))
+
+    async def write(
+        self, role: str = "assistant", *, max_tokens: int | None = None, stop_strings: Sequence[str] = ()
+    ) -> str:
+        """Let the model write one turn; its text without the stop token or string."""
+        if self.done:
+            return ""
+        self._close_turn()
+        for _, ids in self._tokenizer.render([], generation=True):
+            self._append(ids, role)
+        has_spoken = any(turn.by_policy for turn in self._transcript)
+        if has_spoken and len(self._tokens) >= self._sampler.max_context:
+            self._stop = "context"
+            return ""
+        sampling = replace(
+            self._sampling,
+            max_tokens=min(self._sampling.max_tokens, max_tokens or self._sampling.max_tokens),
+            stop_strings=(*self._sampling.stop_strings, *stop_strings),
+        )
+        request = Request(self._unread, self._key, sampling, self._snapshot, self._keep_state)
+        try:
+            completion = await self._sampler.complete(request)
+        except Exception as error:
+            self.sampler_error = error
+            raise
+        start = len(self._tokens)
+        self._tokens += completion.tokens.tolist()
+        self._policy += [True] * len(completion.tokens)
+        self._role += [role_code(role)] * len(completion.tokens)
+        self._logp += completion.logp.tolist()
+        self._raw_logp += completion.raw_logp.tolist()
+        self._version += completion.version.tolist()
+        self._snapshot, self._unread = completion.snapshot, completion.unread
+        if not self._keep_state:
+            self._unread = tuple(self._tokens)  # a further turn would read everything again
+        self._stop = completion.stop
+        text = self._tokenizer.decode(self._tokens[start:])
+        if completion.stop == "stop_string":
+            text = text[: min(i for s in sampling.stop_strings if (i := text.find(s)) >= 0)]
+        self._transcript.append(Turn(role, text, True, start, len(self._tokens), completion.stop))
+        return text
+
+    def mark(self) -> Mark:
+        """A point to come back to (the state is kept only with `keep_state`; otherwise it is recomputed)."""
+        return Mark(len(self._tokens), len(self._transcript), self._unread, self._snapshot, self._stop)
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget everything after `mark`."""
+        for column in (
+            self._tokens, self._policy, self._role, self._logp, self._raw_logp, self._version,
+        ):  # fmt: skip
+            del column[mark.num_tokens :]
+        del self._transcript[mark.num_turns :]
+        self._unread, self._snapshot, self._stop = mark.unread, mark.snapshot, mark.stop
+
+    def rollout(self, stop: str | None = None, error: str | None = None) -> Rollout:
+        """The conversation so far as a rollout, without a score."""
+        return Rollout(
+            problem=self._problem,
+            group=self._group,
+            sample=self._sample,
+            tokens_T=np.array(self._tokens, dtype=np.int32),
+            policy_T=np.array(self._policy, dtype=bool),
+            role_T=np.array(self._role, dtype=np.int8),
+            logp_T=np.array(self._logp, dtype=np.float32),
+            raw_logp_T=np.array(self._raw_logp, dtype=np.float32),
+            version_T=np.array(self._version, dtype=np.int32),
+            transcript=tuple(self._transcript),
+            stop=stop or self._stop or "environment",
+            error=error,
+        )
+
+    def _append(self, ids: Sequence[int], role: str) -> None:
+        """Tokens from outside the policy: never trained on, no log-prob."""
+        self._tokens += ids
+        self._policy += [False] * len(ids)
+        self._role += [role_code(role)] * len(ids)
+        self._logp += [0.0] * len(ids)
+        self._raw_logp += [0.0] * len(ids)
+        self._version += [-1] * len(ids)
+        self._unread += tuple(ids)
+
+    def _close_turn(self) -> None:
+        """A turn cut short by a limit or a stop string still needs its end token before anything follows."""
+        last = self._transcript[-1] if self._transcript else None
+        if last and last.by_policy and last.end == len(self._tokens) and last.stop != "stop_token":
+            self._append([self._tokenizer.end_id], last.role)
