@@ -1,0 +1,218 @@
+"""Final answers: where one stands in a reply, and whether it is the right one.
+
+**Where.** A reply declares its final answer in one of these forms; in the last one that it completes.
+
+    boxed          \\boxed{...}, with balanced braces
+    tagged         <answer>...</answer>, over as many lines as it likes
+    after_hashes   what follows #### on its line (GSM8K)
+    after_answer   what follows "Answer:" on its line; Markdown's ** around either is dropped
+
+What stands inside another form belongs to that form, so that <answer>\\boxed{4}</answer> is 4. A reply with
+two boxes is judged by the last, as a reader would who takes the last word; a reply that never declares an
+answer has none, even if the right number is in it: searching for it would pay for lists of guesses.
+
+**Whether.** `exact` compares text, `numeric` numbers, `math_answer` mathematics. All give 1 or 0 with a
+reason, or None if the judge itself failed. No text of a model is ever evaluated in this process.
+"""
+
+import functools
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from whorl.data import Score
+from whorl.verifiers.pool import Pool
+
+MAX_ANSWER_CHARACTERS = 2_000
+"""No final answer is longer; a longer one is wrong without a look at it."""
+
+Form = Callable[[str], tuple[int, str] | None]
+"""A form of declaring an answer: from a reply to where the last answer starts, and the answer."""
+
+
+def boxed(text: str) -> tuple[int, str] | None:
+    """The content of the last complete \\boxed{...}. One pass, whatever the nesting."""
+    last, opened = None, []
+    for mark in re.finditer(r"\\boxed\s{0,4}\{|\\.|[{}]", text, re.DOTALL):
+        if mark[0] == "}":
+            start, is_box = opened.pop() if opened else (0, False)
+            if is_box and (last is None or start > last[0]):
+                last = (start, text[start : mark.start()])
+        elif mark[0].endswith("{") and mark[0] != "\\{":
+            opened.append((mark.end(), mark[0] != "{"))
+    return last
+
+
+def tagged(text: str) -> tuple[int, str] | None:
+    """The content of the last complete <answer>...</answer>."""
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    return (start + 8, text[start + 8 : end]) if start >= 0 else None
+
+
+def after_hashes(text: str) -> tuple[int, str] | None:
+    """The rest of the line after the last ####."""
+    return _rest_of_line(text, text.rfind("####"), 4)
+
+
+def after_answer(text: str) -> tuple[int, str] | None:
+    """The rest of the line after the last "Answer:" (or "answer:"), without Markdown's emphasis."""
+    found = _rest_of_line(text, max(text.rfind("Answer:"), text.rfind("answer:")), 7)
+    return found and (found[0], found[1].strip(" *"))
+
+
+def _rest_of_line(text: str, mark: int, width: int) -> tuple[int, str] | None:
+    return (mark + width, text[mark + width :].partition("\n")[0]) if mark >= 0 else None
+
+
+ANY_FORM: tuple[Form, ...] = (boxed, tagged, after_hashes, after_answer)
+
+
+def final_answer(reply: str, forms: Sequence[Form] = ANY_FORM) -> str | None:
+    """The answer that the reply declares, without white space around it and a full stop; None if it has none."""
+    found = [place for form in forms if (place := form(reply)) is not None]
+    if not found:
+        return None
+    answer = max(found)[1]
+    # The innermost form is the last to start, and it may still carry the end of the form around it.
+    answer = answer.partition("</answer>")[0].strip()
+    return answer[:-1].rstrip() if answer.endswith(".") else answer
+
+
+def exact(reply: str, gold: str, forms: Sequence[Form] = ANY_FORM) -> Score:
+    """1 if the final answer is the gold text, apart from white space."""
+    answer = _declared(reply, forms)
+    return answer if isinstance(answer, Score) else _verdict(_text(answer) == _text(gold), gold, answer)
+
+
+def numeric(reply: str, gold: str, forms: Sequence[Form] = ANY_FORM) -> Score:
+    """1 if the final answer is the gold number: exact for whole numbers and fractions, else within 1e-6 of it.
+
+    ValueError if the gold answer is not a number: that is an error of the data, not of the reply.
+    """
+    expected = number(gold)
+    if expected is None:
+        raise ValueError(f"numeric needs a number as gold answer, such as 12, -0.5, 3/4 or 15%; got {gold!r}")
+    answer = _declared(reply, forms)
+    if isinstance(answer, Score):
+        return answer
+    got = number(answer)
+    if got is None:
+        return Score(0.0, {"answered": 1.0}, f"{_short(answer)} is not a number")
+    return _verdict(_same_number(got, expected), gold, answer)
+
+
+def math_answer(
+    reply: str, gold: str, forms: Sequence[Form] = ANY_FORM, *, deadline_seconds: float = 5.0
+) -> Score:
+    """1 if the final answer is mathematically equal to the gold one (math-verify, in a process of its own).
+
+    Equal text and plain numbers are settled without it. So are gold answers that are words: math-verify
+    reads a word as a product of letters, in which "silent" equals "listen".
+    None if math-verify overruns the deadline, dies, or cannot read the gold answer.
+    """
+    answer = _declared(reply, forms)
+    if isinstance(answer, Score):
+        return answer
+    if _text(answer) == _text(gold):
+        return _verdict(True, gold, answer)
+    got, expected = number(answer), number(gold)
+    if got is not None and expected is not None:
+        return _verdict(_same_number(got, expected), gold, answer)
+    if _is_words(gold):
+        return _verdict(_text(answer).casefold() == _text(gold).casefold(), gold, answer)
+    if not _balanced(answer):
+        return Score(0.0, {"answered": 1.0}, f"{_short(answer)} has unbalanced braces")
+    equal = _math_pool().call(gold.strip(), answer, deadline_seconds=deadline_seconds)
+    if isinstance(equal, bool):
+        return _verdict(equal, gold, answer)
+    return Score(None, {"answered": 1.0}, f"math-verify {equal}")
+
+
+def _declared(reply: str, forms: Sequence[Form]) -> str | Score:
+    """The final answer, or the verdict on a reply without one that could be looked at."""
+    answer = final_answer(reply, forms)
+    if not answer:
+        names = ", ".join(getattr(form, "__name__", str(form)) for form in forms)
+        return Score(0.0, {"answered": 0.0}, f"no final answer in a declared form ({names})")
+    if len(answer) > MAX_ANSWER_CHARACTERS:
+        return Score(0.0, {"answered": 1.0}, f"the final answer has {len(answer):,} characters")
+    return answer
+
+
+def _verdict(right: bool, gold: str, answer: str) -> Score:
+    why = "right" if right else f"expected {_short(gold)}, got {_short(answer)}"
+    return Score(float(right), {"answered": 1.0}, why)
+
+
+_NUMBER = re.compile(
+    r"(?P<sign>[+-]?)\$?(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?P<point>\.\d*)?(?:[eE](?P<exponent>[+-]?\d{1,3}))?"
+    r"(?:/(?P<below>[1-9]\d*))?\s*(?P<percent>\\?%)?"
+)
+_FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+
+
+def number(text: str) -> tuple[Fraction, bool] | None:
+    """The value of a number written plainly, and whether the writing is exact; None for anything else.
+
+    Read are whole numbers (with thousands commas), decimals, powers of ten (1.5e-3), fractions (3/4,
+    \\frac{3}{4}) and percentages (15% is 0.15), after an optional sign and $. Whole numbers, fractions of
+    them and percentages of them are exact. At most 100 characters and exponents of three digits, so that
+    no text costs more than microseconds.
+    """
+    text = text.strip().strip("$").strip()
+    if len(text) > 100:
+        return None
+    text = _FRACTION.sub(r"\1\2/\3", text)
+    match = _NUMBER.fullmatch(text)
+    if match is None or not text.isascii() or not re.search(r"\d", match["whole"] + (match["point"] or "")):
+        return None
+    if match["below"] and (match["point"] or match["exponent"]):
+        return None
+    value = Fraction(
+        match["whole"].replace(",", "") + (match["point"] or "") + "e" + (match["exponent"] or "0")
+    )
+    value = value / int(match["below"] or 1) / (100 if match["percent"] else 1)
+    return -value if match["sign"] == "-" else value, not match["point"] and not match["exponent"]
+
+
+def _same_number(got: tuple[Fraction, bool], expected: tuple[Fraction, bool]) -> bool:
+    """Equal, or within 1e-6 of the expected value (relative) if either is written as a decimal."""
+    (value, is_exact), (wanted, wanted_is_exact) = got, expected
+    tolerance = 0 if is_exact and wanted_is_exact else abs(wanted) / 10**6
+    return abs(value - wanted) <= tolerance
+
+
+def _text(answer: str) -> str:
+    return " ".join(answer.split())
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _is_words(gold: str) -> bool:
+    """Whether three or more letters stand together outside LaTeX commands and names of functions."""
+    plain = re.sub(
+        r"\\[a-zA-Z]+|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|arcsin|arccos|arctan|mod)\b", " ", gold
+    )
+    return re.search(r"[^\W\d_]{3}", plain) is not None
+
+
+def _balanced(text: str) -> bool:
+    """Whether no brace closes what the text did not open: it is put into a box to be read."""
+    depth = 0
+    for mark in re.findall(r"\\.|[{}]", text, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(mark, 0)
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+@functools.cache
+def _math_pool() -> Pool:
+    if importlib.util.find_spec("math_verify") is None:
+        raise ValueError('math_answer needs math-verify, which is not installed: pip install "whorl[tasks]"')
+    return Pool(Path(__file__).with_name("worker_math.py"), "math_equal")
