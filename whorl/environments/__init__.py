@@ -1,0 +1,1 @@
+"""Tasks, one file each, and adapters for reasoning-gym and data files."""
