@@ -1,0 +1,1 @@
+"""Metric glossary, console, run directory, report page, trackers."""
