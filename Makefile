@@ -11,7 +11,7 @@ quickstart: install
 test: install
 	$(BIN)/ruff check whorl tests benchmarks
 	$(BIN)/ruff format --check whorl tests benchmarks
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest
 
 # Installed once; again when the requirements change.

@@ -6,7 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whorl.data import Batch, Group, Message, Problem, Rollout, Score, apply, columns_read_by, cu_seqlens_of, pack
+from whorl.data import (
+    Batch,
+    Group,
+    Message,
+    Problem,
+    Rollout,
+    Score,
+    apply,
+    columns_read_by,
+    cu_seqlens_of,
+    pack,
+)
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=8)
 
@@ -25,7 +36,10 @@ def rollout(length: int, reward: float | None = 1.0, seed: int = 0, **changes) -
 
 
 def groups_of(lengths: list[int]) -> list[Group]:
-    return [Group(Problem(str(i), "?"), [rollout(n, 1.0, i), rollout(n + 1, 0.0, i)]) for i, n in enumerate(lengths)]
+    return [
+        Group(Problem(str(i), "?"), [rollout(n, 1.0, i), rollout(n + 1, 0.0, i)])
+        for i, n in enumerate(lengths)
+    ]
 
 
 @given(LENGTHS)

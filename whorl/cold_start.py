@@ -1,0 +1,103 @@
+"""The cold start: supervised fine-tuning on demonstrations, ended by accuracy."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from whorl.curricula.base import Curriculum
+from whorl.data import Problem
+from whorl.environments.base import Environment
+from whorl.learning.learner import Learner
+from whorl.learning.supervised import SUPERVISED, Example, supervised_batch
+from whorl.model.tokenizer import Tokenizer
+from whorl.rollouts import measure
+from whorl.run import Run, new_curriculum
+from whorl.sampling.dialogue import Dialogue, Script
+
+
+def cold_start(run: Run) -> None:
+    """Fine-tune until the accuracy of sampled validation answers reaches the gate.
+
+    Nothing of it survives but the weights: reinforcement learning starts with a fresh optimizer. It is a
+    function of the seed alone, so a run killed during it starts it again. ValueError if the updates are used
+    up and not one validation answer is right: reinforcement learning would have nothing to select.
+    """
+    settings = run.settings.cold_start
+    if settings.max_updates == 0:
+        return
+    learner = Learner(run.model, settings.optimizer, token_budget=run.settings.token_budget)
+    check = run.held_out("validation", settings.check_problems)
+    order = new_curriculum(replace(run.settings, curriculum="uniform"), run.environment)
+    started = time.monotonic()
+    num_tokens, accuracy = 0, 0.0
+    with run.progress.phase("cold start", settings.max_updates) as advance:
+        for update in range(1, settings.max_updates + 1):
+            batch = supervised_batch(_examples(run, order, update))
+            metrics = learner.forward_backward(batch, SUPERVISED) | learner.optim_step()
+            num_tokens += int(batch["trained_N"].sum())
+            loss = metrics["supervised_loss"]
+            advance(1, f"loss {loss:.3f}  accuracy {accuracy:.3f} (until {settings.until_accuracy:.2f})")
+            if update % settings.check_every_updates and update < settings.max_updates:
+                continue
+            groups, _ = run.player.play(check, 1, run.settings.sampling, ("cold start", update))
+            measured = measure(groups, run.environment.reward_range[1])
+            accuracy = measured.get("accuracy", 0.0)
+            row = {"update": update, "supervised_loss": loss, "supervised_accuracy": accuracy}
+            row |= {"supervised_tokens": num_tokens, "supervised_seconds": time.monotonic() - started}
+            row |= {name: metrics[name] for name in ("grad_norm", "learning_rate") if name in metrics}
+            run.directory.log_supervised(row | {"response_tokens": measured["response_tokens"]})
+            if accuracy >= settings.until_accuracy:
+                run.progress.say(
+                    f"cold start: accuracy {accuracy:.3f} after {update} updates, loss {loss:.3f}"
+                )
+                return
+    if accuracy == 0:
+        raise ValueError(
+            f"the cold start ended after {settings.max_updates} updates with no right answer among "
+            f"{len(check)}: reinforcement learning would have nothing to select. Make the task easier, or "
+            "raise cold_start.max_updates"
+        )
+    run.progress.say(
+        f"cold start: gave up at accuracy {accuracy:.3f} after {settings.max_updates} updates (wanted "
+        f"{settings.until_accuracy:.2f}); reinforcement learning goes on from there"
+    )
+
+
+def _examples(run: Run, order: Curriculum, update: int) -> list[Example]:
+    """Demonstrations of the update's own training problems."""
+    rng = np.random.default_rng([run.settings.seed, 2, update])
+    problems = run.training_problems(order.choose(run.settings.cold_start.examples_per_update))
+    return [
+        demonstration(
+            run.environment,
+            problem,
+            run.environment.traces(problem, rng),
+            run.tokenizer,
+            run.engine.max_context,
+        )
+        for problem in problems
+    ]
+
+
+def demonstration(
+    environment: Environment,
+    problem: Problem,
+    replies: tuple[str, ...],
+    tokenizer: Tokenizer,
+    max_context: int = 2**31,
+) -> Example:
+    """The episode in which the policy says `replies`: its tokens, and which of them the policy would write."""
+    dialogue = Dialogue(Script(tokenizer, replies, max_context), tokenizer, problem, key=0)
+    episode = environment.play(problem, dialogue)
+    try:
+        episode.send(None)  # a script never waits, so the episode runs to its end in one go
+    except StopIteration:
+        rollout = dialogue.rollout()
+        if len(rollout) > max_context:
+            raise ValueError(
+                f"a demonstration of {problem.id} has {len(rollout)} tokens; the model's context holds "
+                f"{max_context}. Raise max_context"
+            ) from None
+        return rollout.tokens_T, rollout.policy_T
+    raise RuntimeError(f"{environment.name} awaits more than its policy, so it cannot be demonstrated")

@@ -1,0 +1,130 @@
+"""From problems to judged groups: many episodes at once, verified while others still generate."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from whorl.data import Group, Metrics, Problem, Rollout, Score
+from whorl.environments.base import Environment
+from whorl.model.tokenizer import Tokenizer
+from whorl.reporting.console import Advance
+from whorl.sampling.dialogue import Dialogue, Sampler
+from whorl.sampling.draw import Sampling, stream_key
+
+NUM_VERIFIERS = 4  # threads that wait for verifiers; the work itself is in processes where it is heavy
+
+
+@dataclass
+class Player:
+    """Plays the episodes of one environment on one sampler."""
+
+    environment: Environment
+    sampler: Sampler
+    tokenizer: Tokenizer
+    seed: int
+
+    def play(
+        self,
+        problems: Sequence[Problem],
+        num_samples: int,
+        sampling: Sampling,
+        address: tuple[int | str, ...],
+        advance: Advance | None = None,
+    ) -> tuple[list[Group], float]:
+        """`num_samples` judged rollouts of each problem, and the seconds spent waiting for verdicts alone.
+
+        `address` (a step, say) names the randomness: with the seed, the place of a problem and of a
+        sample it decides every token.
+        """
+        return asyncio.run(self._play_all(problems, num_samples, sampling, address, advance))
+
+    async def _play_all(self, problems, num_samples, sampling, address, advance) -> tuple[list[Group], float]:
+        verifiers = ThreadPoolExecutor(NUM_VERIFIERS, thread_name_prefix="verify")
+        last_played = time.monotonic()
+
+        async def one(problem: Problem, group: int, sample: int) -> Rollout:
+            nonlocal last_played
+            key = stream_key(self.seed, *address, group, sample)
+            rollout = await self._episode(problem, key, group, sample, sampling)
+            last_played = time.monotonic()
+            if rollout.error is None:
+                loop = asyncio.get_running_loop()
+                rollout.score = await loop.run_in_executor(verifiers, self._verify, problem, rollout)
+            if advance is not None:
+                advance(1)
+            return rollout
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                waiting = [
+                    [tasks.create_task(one(problem, g, s)) for s in range(num_samples)]
+                    for g, problem in enumerate(problems)
+                ]
+        except ExceptionGroup as several:
+            # One cause stops everything (a prompt too long, a bug): report it, not a tree of siblings.
+            raise several.exceptions[0] from None
+        finally:
+            verifiers.shutdown(wait=False, cancel_futures=True)
+        groups = [
+            Group(problem, [task.result() for task in row])
+            for problem, row in zip(problems, waiting, strict=True)
+        ]
+        return groups, time.monotonic() - last_played
+
+    async def _episode(
+        self, problem: Problem, key: int, group: int, sample: int, sampling: Sampling
+    ) -> Rollout:
+        dialogue = Dialogue(
+            self.sampler, self.tokenizer, problem, key=key, group=group, sample=sample,
+            sampling=sampling, keep_state=self.environment.multi_turn,
+        )  # fmt: skip
+        try:
+            await self.environment.play(problem, dialogue)
+        except Exception as error:  # the environment's code failed: that is data, and the run goes on
+            if dialogue.sampler_error is error:
+                raise
+            return dialogue.rollout("error", f"environment: {type(error).__name__}: {error}")
+        return dialogue.rollout()
+
+    def _verify(self, problem: Problem, rollout: Rollout) -> Score:
+        try:
+            return self.environment.verify(problem, rollout)
+        except Exception as error:  # a verifier that raises could not judge, which is not a wrong answer
+            rollout.error = f"verifier: {type(error).__name__}: {error}"
+            return Score(None, why=rollout.error)
+
+
+def measure(groups: Sequence[Group], highest_reward: float) -> Metrics:
+    """What a step's rollouts look like: rewards, lengths, ends. Names are those of the metric glossary."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    judged = [rollout for group in groups for rollout in group.judged]
+    tokens = np.array([rollout.num_response_tokens for rollout in rollouts])
+    metrics = {
+        "failed_rollouts": float(sum(rollout.error is not None for rollout in rollouts)),
+        "response_tokens": float(tokens.mean()),
+        "response_tokens_p99": float(np.percentile(tokens, 99)),
+        "stopped_by_limit_frac": float(np.mean([r.stop in ("max_tokens", "context") for r in rollouts])),
+        "stopped_by_repetition_frac": float(np.mean([r.stop == "repetition" for r in rollouts])),
+        "turns": float(np.mean([len(rollout.replies) for rollout in rollouts])),
+    }
+    if judged:
+        reward = np.array([rollout.reward for rollout in judged])
+        length = np.array([rollout.num_response_tokens for rollout in judged])
+        right = reward >= highest_reward
+        metrics |= {
+            "reward": float(reward.mean()),
+            "reward_std": float(reward.std()),
+            "accuracy": float(right.mean()),
+        }
+        if right.any():
+            metrics["response_tokens_right"] = float(length[right].mean())
+        if not right.all():
+            metrics["response_tokens_wrong"] = float(length[~right].mean())
+        scores = [rollout.score for rollout in judged if rollout.score is not None]
+        for name in sorted({name for score in scores for name in score.parts}):
+            metrics[f"reward_part/{name}"] = float(np.mean([score.parts.get(name, 0.0) for score in scores]))
+    return metrics

@@ -1,0 +1,298 @@
+"""What one training run consists of, put together from its settings, and how it is kept and continued."""
+
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whorl.algorithms.algorithm import Algorithm
+from whorl.curricula.base import Curriculum, Pick
+from whorl.curricula.catalog import make_curriculum
+from whorl.data import Group, Problem
+from whorl.environments.base import Environment
+from whorl.environments.catalog import make
+from whorl.environments.several import Several
+from whorl.learning import checkpoint
+from whorl.learning.learner import Learner
+from whorl.model.config import PRESETS, ModelConfig
+from whorl.model.tokenizer import Tokenizer
+from whorl.model.transformer import Transformer
+from whorl.reporting.console import Progress, Silent
+from whorl.reporting.glossary import check_names
+from whorl.reporting.run_directory import RunDirectory
+from whorl.reporting.trackers import TensorBoard, Tracker, Trackio, WandB
+from whorl.rollouts import Player
+from whorl.sampling.engine import Engine
+from whorl.settings import Settings, from_dict, settings_class
+
+
+@dataclass
+class Run:
+    """A run in memory. Make one with `start_run` or `open_run`; `whorl.loop.train` carries it on.
+
+    Everything that decides how the run goes on is in the learner, the curriculum and `step`; randomness is
+    addressed by seed and step, so there is no generator to save.
+    """
+
+    settings: Settings
+    directory: RunDirectory
+    environment: Environment
+    tokenizer: Tokenizer
+    algorithm: Algorithm
+    model: Transformer
+    engine: Engine
+    learner: Learner
+    player: Player
+    curriculum: Curriculum
+    progress: Progress
+    tracker: Tracker | None = None
+    step: int = 0
+    """Steps that are finished. 0 with `warm` True: the cold start is over."""
+    warm: bool = False
+    steps_without_signal: int = 0
+    kept_rollouts: dict[str, list[Group]] = field(default_factory=dict)
+    """Held-out rollouts of the first and the last evaluation, for the summary."""
+
+    # -- problems --------------------------------------------------------------------------------------
+
+    def training_problems(self, picks: Sequence[Pick]) -> list[Problem]:
+        """The training problems at these addresses; none of them may be one that is evaluated on."""
+        problems = []
+        for part, index in picks:
+            if isinstance(self.environment, Several):
+                problem = self.environment.problem_of(part, "train", index)
+            else:
+                problem = self.environment.problem("train", index)
+            if problem.content_key in self.held_out_keys:
+                raise ValueError(
+                    f"training problem {problem.id} is also among the held-out problems: "
+                    f"{problem.messages[-1].text[:80]!r}; remove it from one of them"
+                )
+            problems.append(problem)
+        return problems
+
+    def held_out(self, split: str, count: int) -> list[Problem]:
+        """The first `count` problems of a split that is never trained on."""
+        size = self.environment.num_problems(split)
+        count = count if size is None else min(count, size)
+        if count == 0:
+            raise ValueError(f"{self.settings.environment} has no {split} problems to evaluate on")
+        return [self.environment.problem(split, index) for index in range(count)]
+
+    @property
+    def held_out_keys(self) -> frozenset[str]:
+        """Content of all problems that are evaluated on."""
+        if not hasattr(self, "_held_out_keys"):
+            test = self.held_out("test", self.settings.evaluation.num_problems)
+            keys = {problem.content_key for problem in test}
+            if self.settings.cold_start.max_updates:
+                check = self.held_out("validation", self.settings.cold_start.check_problems)
+                keys |= {problem.content_key for problem in check}
+            self._held_out_keys = frozenset(keys)
+        return self._held_out_keys
+
+    # -- keeping ---------------------------------------------------------------------------------------
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One finished step, to the run directory, the screen and the tracker."""
+        check_names(metrics)
+        self.directory.log(metrics)
+        self.progress.log(metrics)
+        if self.tracker is not None:
+            self.tracker.log(self.step, metrics)
+
+    def save(self) -> None:
+        """A checkpoint of everything that decides how the run goes on."""
+        tensors, state = self.learner.state_dict()
+        state = {
+            "learner": state,
+            "step": self.step,
+            "steps_without_signal": self.steps_without_signal,
+            "curriculum": self.curriculum.state_dict(),
+        }
+        checkpoints = self.directory.path / "checkpoints"
+        checkpoint.save(checkpoints, self.step, tensors, state)
+        checkpoint.prune(checkpoints, self.settings.keep_checkpoints)
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint of this run."""
+        tensors, state = checkpoint.load(path)
+        self.learner.load_state_dict(tensors, state["learner"])
+        self.step, self.warm = state["step"], True
+        self.steps_without_signal = state["steps_without_signal"]
+        self.curriculum.load_state_dict(state["curriculum"])
+        self.engine.load(self.learner.weights(), self.learner.version)
+
+    def with_environment(self, spec: str | None) -> "Run":
+        """The same policy on another task (None: on its own)."""
+        if spec is None:
+            return self
+        environment = make(spec)
+        check_prompts(environment, self.tokenizer, self.model.config.max_context)
+        player = replace(self.player, environment=environment)
+        settings = replace(self.settings, environment=spec)
+        return replace(self, environment=environment, player=player, settings=settings)
+
+
+def start_run(
+    recipe: str, settings: Settings, path: Path | None = None, progress: Progress | None = None
+) -> Run:
+    """A new run in a new directory. ValueError for settings that cannot work, before anything is written."""
+    run_parts = _assemble(settings)
+    kind = type(settings)
+    config = {"recipe": recipe, "settings_class": f"{kind.__module__}.{kind.__qualname__}"}
+    config |= {"settings": settings.to_dict(), "model": run_parts["model"].config.to_dict()}
+    config |= {"algorithm": {name: str(v) for name, v in run_parts["algorithm"].settings.items()}}
+    directory = RunDirectory.create(config, path)
+    run_parts["tokenizer"].save(directory.path / "tokenizer.json")
+    return _run(settings, directory, run_parts, progress)
+
+
+def open_run(
+    path: Path | str, progress: Progress | None = None, step: int | None = None, *, read_only: bool = False
+) -> Run:
+    """An existing run at its newest (or the given) checkpoint; at its beginning if it has none.
+
+    Unless `read_only`, what was logged after the checkpoint is forgotten, to be done again.
+    """
+    directory = RunDirectory.open(path)
+    settings = from_dict(settings_class(directory.config["settings_class"]), directory.config["settings"])
+    use_threads(settings)
+    parts = _assemble(settings, ModelConfig.from_dict(directory.config["model"]))
+    run = _run(settings, directory, parts, progress)
+    checkpoints = directory.path / "checkpoints"
+    chosen = checkpoint.newest(checkpoints) if step is None else directory.checkpoint(step)
+    if step is not None and step not in directory.checkpoint_steps():
+        steps = ", ".join(map(str, directory.checkpoint_steps())) or "none"
+        raise ValueError(f"{directory.path} has no checkpoint of step {step}; it has {steps}")
+    if chosen is not None:
+        run.restore(chosen)
+    elif read_only:
+        raise ValueError(f"{directory.path} has no checkpoint yet")
+    if not read_only:
+        directory.truncate_after(run.step if run.warm else -1)
+        if not run.warm:
+            directory.truncate_supervised_after(0)
+    return run
+
+
+def new_curriculum(settings: Settings, environment: Environment) -> Curriculum:
+    """The settings' curriculum over the environment's training problems, at its beginning."""
+    parts = environment.parts if isinstance(environment, Several) else (environment,)
+    return make_curriculum(settings.curriculum, [part.num_problems("train") for part in parts], settings.seed)
+
+
+def use_threads(settings: Settings) -> None:
+    """Set torch's threads once, before the first operation."""
+    torch.set_num_threads(settings.threads or min(os.cpu_count() or 1, 4))
+
+
+def memory_gib() -> float:
+    """Peak memory: the device's where there is one, else the resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def _assemble(settings: Settings, model_config: ModelConfig | None = None) -> dict[str, Any]:
+    """Environment, tokenizer, algorithm and model: what can be refused before a directory is made."""
+    environment = make(settings.environment)
+    algorithm = settings.resolve_algorithm()
+    source = Path(settings.model)
+    if settings.model in PRESETS:
+        alphabet = environment.alphabet
+        tokenizer = Tokenizer.byte_level() if alphabet is None else Tokenizer.characters(alphabet)
+        preset = PRESETS[settings.model]
+        config = model_config or preset(tokenizer.vocab_size, settings.max_context)
+        model = Transformer(config).initialise(settings.seed)
+    elif source.is_dir():
+        model, tokenizer = _load_start(source)
+    else:
+        raise ValueError(
+            f"unknown model {settings.model!r}; expected one of {', '.join(PRESETS)} or the path of a run "
+            "directory"
+        )
+    model.checkpoint_activations = settings.checkpoint_activations
+    check_prompts(environment, tokenizer, model.config.max_context)
+    return {"environment": environment, "tokenizer": tokenizer, "algorithm": algorithm, "model": model}
+
+
+def check_prompts(environment: Environment, tokenizer: Tokenizer, max_context: int) -> None:
+    """Refuse prompts that the tokenizer or the context cannot hold: all of a file's, the first of endless ones."""
+    for split in ("train", "test"):
+        size = environment.num_problems(split)
+        if size == 0:
+            raise ValueError(
+                f"{environment.name} has no {split} problems; training and evaluation need some of each"
+            )
+        for index in range(1 if size is None else size):
+            problem = environment.problem(split, index)
+            segments = tokenizer.render(problem.messages, generation=True)
+            num_tokens = sum(len(ids) for _, ids in segments)
+            if num_tokens >= max_context:
+                raise ValueError(
+                    f"the prompt of {problem.id} has {num_tokens} tokens, which leaves no room for an answer in the "
+                    f"context of {max_context}; raise max_context or leave the problem out"
+                )
+
+
+def _load_start(path: Path) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of the newest checkpoint of a run directory."""
+    directory = RunDirectory.open(path)
+    newest = checkpoint.newest(path / "checkpoints")
+    if newest is None:
+        raise ValueError(f"{path} has no checkpoint to start from")
+    model = Transformer(ModelConfig.from_dict(directory.config["model"]))
+    tensors, _ = checkpoint.load(newest)
+    weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
+    model.load_state_dict(weights)
+    return model, Tokenizer.load(path / "tokenizer.json")
+
+
+def _run(
+    settings: Settings, directory: RunDirectory, parts: dict[str, Any], progress: Progress | None
+) -> Run:
+    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    model, tokenizer, algorithm = parts["model"], parts["tokenizer"], parts["algorithm"]
+    model.to("cuda" if cuda else "cpu")
+    engine = Engine(
+        model, stop_tokens=[tokenizer.end_id], decode_text=tokenizer.decode, max_running=settings.max_running
+    )
+    learner = Learner(
+        model,
+        settings.optimizer,
+        temperature=settings.sampling.temperature,
+        token_budget=settings.token_budget,
+        value_head="value_old_N" in algorithm.needs,
+    )
+    return Run(
+        settings=settings,
+        directory=directory,
+        environment=parts["environment"],
+        tokenizer=tokenizer,
+        algorithm=algorithm,
+        model=model,
+        engine=engine,
+        learner=learner,
+        curriculum=new_curriculum(settings, parts["environment"]),
+        player=Player(parts["environment"], engine, tokenizer, settings.seed),
+        progress=progress or Silent(),
+    )
+
+
+def open_tracker(run: Run) -> Tracker | None:
+    """The tracker that the settings name; what it already holds of later steps is drawn over."""
+    name, directory = run.settings.tracker, run.directory
+    if name == "tensorboard":
+        return TensorBoard(directory.path / "tensorboard", first_step=run.step + 1 if run.warm else None)
+    if name == "wandb":
+        return WandB(directory.path, "whorl", directory.name, directory.config)
+    if name == "trackio":
+        return Trackio("whorl", directory.name, directory.config)
+    return None

@@ -1,0 +1,193 @@
+"""The settings of a run. A recipe is a subclass whose defaults are the paper's numbers.
+
+Every field can be overridden on the command line: `whorl train quickstart --num-steps 20
+--optimizer.learning-rate 1e-3`. Two are one-line specs with settings of their own:
+`--environment countdown,num_numbers=4` and `--algorithm GRPO,ratio_max=1.28`.
+"""
+
+import ast
+import importlib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+from whorl.algorithms.algorithm import Algorithm
+from whorl.algorithms.catalog import algorithm_named, with_settings
+from whorl.learning.optimizer import OptimizerSettings
+from whorl.sampling.draw import Sampling
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Supervised fine-tuning on the environment's demonstrations before reinforcement learning.
+
+    Ended by accuracy, never by time: small models learn a way of answering in a jump, and a start that
+    stops before the jump leaves reinforcement learning without a signal.
+    """
+
+    max_updates: int = 0
+    """Updates after which it gives up waiting for the accuracy; 0: no cold start."""
+    until_accuracy: float = 0.45
+    """Accuracy (fraction) of answers sampled at temperature 1 to validation problems that ends it."""
+    check_every_updates: int = 50
+    check_problems: int = 128
+    """Validation problems sampled at each check (none of them is ever reported or trained on)."""
+    examples_per_update: int = 64
+    """Demonstrations per update, each of a new problem."""
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(2e-3, warmup_steps=20))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy on held-out problems, sampled as in training."""
+
+    every_steps: int = 10
+    """Steps between evaluations; the start and the end are always evaluated. 0: only those."""
+    num_problems: int = 128
+    samples_per_problem: int = 4
+    """k of avg@k and pass@k."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run of reinforcement learning with verifiable rewards."""
+
+    claim: ClassVar[str] = ""
+    """What the paper says."""
+    scaled: ClassVar[tuple[str, ...]] = ()
+    """What is smaller here than in the paper."""
+    unsaid: ClassVar[tuple[str, ...]] = ()
+    """What the paper leaves unsaid, and what was chosen."""
+
+    environment: str = "chain_arithmetic"
+    """Task, as name[:argument][,setting=value]*: countdown,num_numbers=4 | reasoning_gym:chain_sum |
+    data:problems.jsonl,prompt=question. `whorl list` shows the names."""
+    model: str = "m1-nano"
+    """Preset (m1-nano, m1-small), or a run directory or checkpoint to start from."""
+    max_context: int = 512
+    """Longest sequence, prompt included, in tokens."""
+    cold_start: ColdStart = field(default_factory=ColdStart)
+    algorithm: str = "CISPO"
+    """Row of the catalogue with settings: CISPO,ratio_max=4.0,average=token_mean. `whorl list` shows the names."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=128))
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(1e-3))
+    curriculum: str = "uniform"
+    """Which problems come next: uniform, or difficulty_band (problems that are neither solved nor hopeless)."""
+    num_steps: int = 100
+    """Steps of reinforcement learning: one batch of rollouts each."""
+    problems_per_step: int = 16
+    rollouts_per_problem: int = 8
+    """Size of a group."""
+    updates_per_batch: int = 1
+    """Optimizer updates from one batch of rollouts; above 1 the later ones are off-policy."""
+    max_redraws: int = 4
+    """With dynamic sampling: how often a step may sample further problems to replace groups without signal."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    max_running: int = 128
+    """Sequences the engine decodes together."""
+    token_budget: int = 16_384
+    """Padded tokens of a micro-batch; changes memory and speed, not results."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    checkpoint_every_steps: int = 10
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk."""
+    rollouts_every_steps: int = 10
+    """Steps between recorded rollouts (the first and the last step are always recorded)."""
+    stop_after_steps_without_signal: int = 20
+    """Give up when no group had differing rewards for so many steps in a row; 0: never."""
+    sampler_gap_limit_nats: float = 1e-3
+    """Stop if a token's log-prob differs by more between sampler and learner (bf16 needs about 1)."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where metrics go besides the run directory."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    """CPU threads of torch; 0: as many as cores, at most 4."""
+    seed: int = 0
+    """All randomness of the run: weights, problems' order, samples."""
+
+    def __post_init__(self) -> None:
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(f"settings: {message}")
+
+        counts = (
+            "num_steps",
+            "problems_per_step",
+            "rollouts_per_problem",
+            "updates_per_batch",
+            "max_running",
+        )
+        for name in (*counts, "token_budget", "checkpoint_every_steps", "keep_checkpoints", "max_context"):
+            need(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
+        need(
+            self.updates_per_batch <= self.problems_per_step,
+            f"updates_per_batch {self.updates_per_batch} exceeds problems_per_step {self.problems_per_step}; "
+            "a batch is divided between updates by problem",
+        )
+        need(
+            self.sampling.max_tokens < self.max_context,
+            f"sampling.max_tokens {self.sampling.max_tokens} leaves no room for a prompt in max_context "
+            f"{self.max_context}",
+        )
+        need(
+            self.sampling.temperature > 0,
+            "sampling.temperature must be above 0: there is nothing to learn from greedy rollouts",
+        )
+        self.resolve_algorithm().check_group_size(self.rollouts_per_problem)
+
+    def resolve_algorithm(self) -> Algorithm:
+        """The catalogue row that `algorithm` names, with its settings."""
+        name, *assignments = (part.strip() for part in self.algorithm.split(","))
+        given = {}
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            if not equals:
+                raise ValueError(f"algorithm {name}: expected setting=value; got {assignment!r}")
+            try:
+                given[key.strip()] = ast.literal_eval(text.strip())
+            except (ValueError, SyntaxError):
+                given[key.strip()] = text.strip()
+        return with_settings(algorithm_named(name), **given)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def settings_class(place: str) -> type[Settings]:
+    """The class at `package.module.Name`, as a run's configuration records it."""
+    module, _, name = place.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if not (isinstance(found, type) and issubclass(found, Settings)):
+        raise ValueError(
+            f"the run was made by {place}, which is not a recipe here; is another version installed?"
+        )
+    return found
+
+
+SomeSettings = TypeVar("SomeSettings")
+
+
+def from_dict(kind: type[SomeSettings], values: Mapping[str, Any]) -> SomeSettings:
+    """A dataclass from what `asdict` made of one and JSON kept of it (ValueError for unknown names)."""
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in fields(typing.cast(Any, kind))}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise ValueError(
+            f"{kind.__name__} has no setting {unknown[0]!r}; was this run made by another version?"
+        )
+    given = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if is_dataclass(hint) and isinstance(value, Mapping):
+            value = from_dict(typing.cast(Any, hint), value)
+        elif isinstance(value, list) and typing.get_origin(hint) in (tuple, types.GenericAlias):
+            value = tuple(value)
+        given[name] = value
+    return kind(**given)

@@ -1,0 +1,37 @@
+"""What a run says at its end: before and after, with transcripts."""
+
+from whorl.data import Group, Rollout
+from whorl.run import Run
+
+
+def summarise(run: Run) -> None:
+    """Show the first and the last evaluation side by side, and the same held-out problems answered by both."""
+    rows = [row for row in run.directory.history() if row.get("eval_accuracy") is not None]
+    if len(rows) < 2:
+        return
+    before, after = rows[0], rows[-1]
+
+    def interval(row: dict) -> str:
+        return f"{row['eval_accuracy']:.1%} [{row['eval_accuracy_low']:.1%}, {row['eval_accuracy_high']:.1%}]"
+
+    k = int(before["eval_samples"])
+    table = [
+        ("step", str(before["step"]), str(after["step"])),
+        (f"held-out accuracy (avg@{k}, 95% interval)", interval(before), interval(after)),
+        (f"held-out pass@{k}", f"{before['eval_pass_at_k']:.1%}", f"{after['eval_pass_at_k']:.1%}"),
+        ("response length, tokens", *(f"{row['eval_response_tokens']:.1f}" for row in (before, after))),
+    ]
+    run.progress.before_after(table, _pairs(run.kept_rollouts))
+
+
+def _pairs(kept: dict[str, list[Group]], num_problems: int = 2) -> list[tuple[str, Rollout]]:
+    """The first problems that were answered wrongly before, as answered before and after."""
+    if not {"before", "after"} <= set(kept):
+        return []
+    pairs = list(zip(kept["before"], kept["after"], strict=True))
+    pairs.sort(key=lambda pair: pair[0].rollouts[0].reward or 0.0)  # stable: wrong ones first, in order
+    return [
+        (label, group.rollouts[0])
+        for pair in pairs[:num_problems]
+        for label, group in zip(("before", "after"), pair, strict=True)
+    ]
