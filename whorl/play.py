@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from whorl.data import Problem, Rollout
-from whorl.environments.base import Environment
+from whorl.data import Problem, Rollout, Score
+from whorl.environments.base import Card, Environment
 from whorl.reporting.console import visible
 from whorl.rollouts import Player
 from whorl.run import Run, open_run
@@ -15,19 +15,17 @@ from whorl.run import Run, open_run
 HELP = "Enter: the next held-out problem   any text: a prompt of your own   q: leave"
 
 
-class _OwnPrompt(Environment):
-    """The run's environment with a prompt typed by the user, which nobody can judge."""
+class OwnPrompt(Environment):
+    """One turn on a prompt typed by the user, which nobody can judge."""
 
-    def __init__(self, inner: Environment):
-        self.inner = inner
-        self.multi_turn = False  # type: ignore[misc]
+    card = Card(
+        "what the user types", "one: anything", "after the reply", "none: there is no gold answer", 0.0
+    )
 
     def problem(self, split: str, index: int) -> Problem:
-        return self.inner.problem(split, index)
+        raise IndexError("problems are typed, not stored")
 
-    def verify(self, problem: Problem, rollout: Rollout):
-        from whorl.data import Score
-
+    def verify(self, problem: Problem, rollout: Rollout) -> Score:
         return Score(None, why="a prompt of your own has no gold answer")
 
 
@@ -48,7 +46,7 @@ def play_in_terminal(path: Path, step: int | None, temperature: float | None) ->
         if line.strip().lower() in ("q", "quit", "exit"):
             return 0
         if line:
-            problem, player = Problem("typed", line), _player(run, _OwnPrompt(run.environment))
+            problem, player = Problem("typed", line), _player(run, OwnPrompt())
             try:
                 run.tokenizer.encode(line)
             except ValueError as error:

@@ -161,6 +161,11 @@ def open_run(
     Unless `read_only`, what was logged after the checkpoint is forgotten, to be done again.
     """
     directory = RunDirectory.open(path)
+    missing = [name for name in ("settings_class", "settings", "model") if name not in directory.config]
+    if missing:
+        raise ValueError(
+            f"{directory.path}/config.json has no {missing[0]!r}; was this run made by another version?"
+        )
     settings = from_dict(settings_class(directory.config["settings_class"]), directory.config["settings"])
     use_threads(settings)
     parts = _assemble(settings, ModelConfig.from_dict(directory.config["model"]))
@@ -220,7 +225,13 @@ def _assemble(settings: Settings, model_config: ModelConfig | None = None) -> di
         )
     model.checkpoint_activations = settings.checkpoint_activations
     check_prompts(environment, tokenizer, model.config.max_context)
-    return {"environment": environment, "tokenizer": tokenizer, "algorithm": algorithm, "model": model}
+    return {
+        "environment": environment,
+        "tokenizer": tokenizer,
+        "algorithm": algorithm,
+        "model": model,
+        "curriculum": new_curriculum(settings, environment),
+    }
 
 
 def check_prompts(environment: Environment, tokenizer: Tokenizer, max_context: int) -> None:
@@ -280,7 +291,7 @@ def _run(
         model=model,
         engine=engine,
         learner=learner,
-        curriculum=new_curriculum(settings, parts["environment"]),
+        curriculum=parts["curriculum"],
         player=Player(parts["environment"], engine, tokenizer, settings.seed),
         progress=progress or Silent(),
     )
