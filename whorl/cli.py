@@ -6,6 +6,7 @@ import os
 # times slower than one. Must be set before torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,7 +72,8 @@ def _parse(function: Callable[..., int], words: list[str], name: str) -> int:
     """Call `function` with the command line that its signature describes; tyro exits with 2 if it does not fit."""
     import tyro
 
-    return tyro.cli(function, args=words, prog=f"whorl {name}", description=function.__doc__)
+    description = inspect.cleandoc(function.__doc__ or "").partition("Args:")[0].strip()
+    return tyro.cli(function, args=words, prog=f"whorl {name}", description=description)
 
 
 def _train(words: list[str]) -> int:
@@ -99,7 +101,9 @@ def _train(words: list[str]) -> int:
         return _carry_on(start_run(name, settings, run, progress))
 
     description = f"{recipe.__doc__}\n\n{recipe.claim}".strip()
-    return tyro.cli(train, args=rest, prog=f"whorl train {name}", description=description)
+    # Comments in a recipe give the sources of its numbers; the help of a setting is its docstring.
+    config = (tyro.conf.HelptextFromCommentsOff,)
+    return tyro.cli(train, args=rest, prog=f"whorl train {name}", description=description, config=config)
 
 
 def _resume(words: list[str]) -> int:

@@ -26,7 +26,7 @@ def cold_start(run: Run) -> None:
     settings = run.settings.cold_start
     if settings.max_updates == 0:
         return
-    learner = Learner(run.model, settings.optimizer, token_budget=run.settings.token_budget)
+    learner = Learner(run.model, settings.optimizer.over(settings.max_updates), token_budget=run.settings.token_budget)
     check = run.held_out("validation", settings.check_problems)
     order = new_curriculum(replace(run.settings, curriculum="uniform"), run.environment)
     started = time.monotonic()

@@ -168,7 +168,7 @@ def open_run(
         )
     settings = from_dict(settings_class(directory.config["settings_class"]), directory.config["settings"])
     use_threads(settings)
-    parts = _assemble(settings, ModelConfig.from_dict(directory.config["model"]))
+    parts = _assemble(settings, directory)
     run = _run(settings, directory, parts, progress)
     checkpoints = directory.path / "checkpoints"
     chosen = checkpoint.newest(checkpoints) if step is None else directory.checkpoint(step)
@@ -205,17 +205,22 @@ def memory_gib() -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
-def _assemble(settings: Settings, model_config: ModelConfig | None = None) -> dict[str, Any]:
-    """Environment, tokenizer, algorithm and model: what can be refused before a directory is made."""
+def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[str, Any]:
+    """Environment, tokenizer, algorithm and model: what can be refused before a directory is made.
+
+    The model of an existing run has the shape and the tokenizer that were recorded with it.
+    """
     environment = make(settings.environment)
     algorithm = settings.resolve_algorithm()
     source = Path(settings.model)
-    if settings.model in PRESETS:
+    if existing is not None and (settings.model in PRESETS or existing.checkpoint_steps()):
+        tokenizer = Tokenizer.load(existing.path / "tokenizer.json")
+        model = Transformer(ModelConfig.from_dict(existing.config["model"])).initialise(settings.seed)
+    elif settings.model in PRESETS:
         alphabet = environment.alphabet
         tokenizer = Tokenizer.byte_level() if alphabet is None else Tokenizer.characters(alphabet)
         preset = PRESETS[settings.model]
-        config = model_config or preset(tokenizer.vocab_size, settings.max_context)
-        model = Transformer(config).initialise(settings.seed)
+        model = Transformer(preset(tokenizer.vocab_size, settings.max_context)).initialise(settings.seed)
     elif source.is_dir():
         model, tokenizer = _load_start(source)
     else:
@@ -277,7 +282,7 @@ def _run(
     )
     learner = Learner(
         model,
-        settings.optimizer,
+        settings.optimizer.over(settings.num_steps * settings.updates_per_batch),
         temperature=settings.sampling.temperature,
         token_budget=settings.token_budget,
         value_head="value_old_N" in algorithm.needs,

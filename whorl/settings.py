@@ -32,6 +32,7 @@ class ColdStart:
     until_accuracy: float = 0.45
     """Accuracy (fraction) of answers sampled at temperature 1 to validation problems that ends it."""
     check_every_updates: int = 50
+    """Updates between looks at the accuracy."""
     check_problems: int = 128
     """Validation problems sampled at each check (none of them is ever reported or trained on)."""
     examples_per_update: int = 64
@@ -46,6 +47,7 @@ class Evaluation:
     every_steps: int = 10
     """Steps between evaluations; the start and the end are always evaluated. 0: only those."""
     num_problems: int = 128
+    """Problems of the test split (all of it, if it has fewer)."""
     samples_per_problem: int = 4
     """k of avg@k and pass@k."""
 
@@ -65,19 +67,20 @@ class Settings:
     """Task, as name[:argument][,setting=value]*: countdown,num_numbers=4 | reasoning_gym:chain_sum |
     data:problems.jsonl,prompt=question. `whorl list` shows the names."""
     model: str = "m1-nano"
-    """Preset (m1-nano, m1-small), or a run directory or checkpoint to start from."""
+    """Preset (m1-nano, m1-small), or a run directory from whose newest checkpoint to start."""
     max_context: int = 512
     """Longest sequence, prompt included, in tokens."""
     cold_start: ColdStart = field(default_factory=ColdStart)
     algorithm: str = "CISPO"
     """Row of the catalogue with settings: CISPO,ratio_max=4.0,average=token_mean. `whorl list` shows the names."""
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=128))
-    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(1e-3))
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(3e-4, warmup_steps=5))
     curriculum: str = "uniform"
     """Which problems come next: uniform, or difficulty_band (problems that are neither solved nor hopeless)."""
     num_steps: int = 100
     """Steps of reinforcement learning: one batch of rollouts each."""
     problems_per_step: int = 16
+    """Groups of rollouts in a step's batch."""
     rollouts_per_problem: int = 8
     """Size of a group."""
     updates_per_batch: int = 1
@@ -92,6 +95,7 @@ class Settings:
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     checkpoint_every_steps: int = 10
+    """Steps between checkpoints; the start and the end are always kept."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
     rollouts_every_steps: int = 10
@@ -103,6 +107,7 @@ class Settings:
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where metrics go besides the run directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model lives; auto: on the GPU if there is one."""
     threads: int = 0
     """CPU threads of torch; 0: as many as cores, at most 4."""
     seed: int = 0

@@ -122,7 +122,6 @@ def test_schedules_pass_through_their_corners():
     ("changes", "message"),
     [
         ({"learning_rate": -1.0}, "learning_rate must not be negative"),
-        ({"schedule": "linear"}, "linear schedule needs total_steps"),
         ({"schedule": "cosine", "total_steps": 5, "warmup_steps": 5}, "must exceed warmup_steps"),
         ({"beta2": 1.0}, "betas in"),
         ({"eps": 0.0}, "eps must be above 0"),
@@ -141,3 +140,14 @@ def test_moments_of_another_model_are_refused():
         optimizer.load({"a/exp_avg": torch.zeros(1, 3)}, 1)
     with pytest.raises(ValueError, match="moments of 'b', which is no parameter"):
         optimizer.load({"b/exp_avg": torch.zeros(1, 2)}, 1)
+
+
+def test_a_schedule_without_an_end_takes_the_run_s():
+    open_end = OptimizerSettings(learning_rate=1.0, schedule="linear")
+    with pytest.raises(ValueError, match="linear schedule needs total_steps"):
+        open_end.learning_rate_at(3)
+    assert open_end.over(4).learning_rate_at(3) == pytest.approx(1 / 4)
+    fixed = OptimizerSettings(learning_rate=1.0, schedule="linear", total_steps=8)
+    assert fixed.over(4) is fixed
+    constant = OptimizerSettings(learning_rate=1.0)
+    assert constant.over(4) is constant

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -34,7 +34,8 @@ class OptimizerSettings:
     warmup_steps: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     total_steps: int | None = None
-    """Updates after which the rate has come down to `final_frac`; only the constant schedule needs none."""
+    """Updates after which the rate has come down to `final_frac`. None: those of the whole run (a run fills them
+    in with `over`; the constant schedule needs none)."""
     final_frac: float = 0.0
 
     def __post_init__(self) -> None:
@@ -49,13 +50,17 @@ class OptimizerSettings:
         need(self.max_grad_norm > 0, f"max_grad_norm must be above 0; got {self.max_grad_norm}")
         need(self.warmup_steps >= 0, f"warmup_steps must not be negative; got {self.warmup_steps}")
         need(0 <= self.final_frac <= 1, f"final_frac must be in [0, 1]; got {self.final_frac}")
-        if self.schedule != "constant":
-            need(self.total_steps is not None, f"a {self.schedule} schedule needs total_steps")
-            assert self.total_steps is not None
+        if self.schedule != "constant" and self.total_steps is not None:
             need(
                 self.total_steps > self.warmup_steps,
                 f"total_steps must exceed warmup_steps; got {self.total_steps} and {self.warmup_steps}",
             )
+
+    def over(self, num_updates: int) -> "OptimizerSettings":
+        """These settings for a run of so many updates: the schedule ends with it unless it says otherwise."""
+        if self.schedule == "constant" or self.total_steps is not None:
+            return self
+        return replace(self, total_steps=max(num_updates, self.warmup_steps + 1))
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of the update that follows `step` earlier ones.
@@ -65,8 +70,10 @@ class OptimizerSettings:
         """
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        if self.schedule == "constant" or self.total_steps is None:
+        if self.schedule == "constant":
             return self.learning_rate
+        if self.total_steps is None:
+            raise ValueError(f"optimizer settings: a {self.schedule} schedule needs total_steps; see `over`")
         progress = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
         left = 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
         return self.learning_rate * (self.final_frac + (1 - self.final_frac) * left)

@@ -30,15 +30,19 @@ class Quickstart(Settings):
     environment: str = "chain_arithmetic"
     max_context: int = 64
     cold_start: ColdStart = field(
-        default_factory=lambda: ColdStart(max_updates=2000, until_accuracy=0.45, check_every_updates=25)
+        default_factory=lambda: ColdStart(max_updates=2000, until_accuracy=0.45, check_every_updates=10)
     )
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=40))
     # The bound of the catalogue's CISPO; normalised by the tokens of the batch, as most code does.
     algorithm: str = "CISPO,average=token_mean"
-    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(5e-4, warmup_steps=5))
-    num_steps: int = 60
-    problems_per_step: int = 16
+    # With M1's eps an update has the size of the learning rate however small the gradient is, so towards the end,
+    # when few groups still differ, the rate has to come down for the accuracy to settle.
+    optimizer: OptimizerSettings = field(
+        default_factory=lambda: OptimizerSettings(1e-3, warmup_steps=5, schedule="linear", final_frac=0.05)
+    )
+    num_steps: int = 50
+    problems_per_step: int = 32
     rollouts_per_problem: int = 8
-    max_redraws: int = 0
+    max_redraws: int = 2
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(10, 256, 2))
     stop_after_steps_without_signal: int = 0  # at the end all groups are right: that is success
