@@ -11,6 +11,7 @@ from whorl.data import Problem, Score
 from whorl.learning.checkpoint import load
 from whorl.loop import Clock, combine, hopeless, sample_groups, split_for_updates, train
 from whorl.reporting.glossary import check_names
+from whorl.reporting.report import build_report
 from whorl.run import open_run
 
 TIMES = ("seconds", "per_second", "memory_gib")
@@ -172,6 +173,10 @@ def test_a_hopeless_run_stops_with_the_reason(tmp_path, monkeypatch):
     assert "no group had differing rewards" in reason
     assert run.step == 2
     assert hopeless(run) == reason
+    run.directory.stopped_early(reason)
+    assert reason in build_report(run.directory).read_text()
+    run.directory.truncate_after(1)
+    assert run.directory.stop_reason is None
 
 
 def test_a_cold_start_without_a_right_answer_is_refused(tmp_path, monkeypatch):
@@ -261,3 +266,26 @@ def test_metrics_of_a_step_combine_those_of_its_updates():
         "loss": 1.5, "grad_norm": 1.0, "grad_norm_max": 1.0, "learning_rate": 0.2, "ratio_max": 3.0,
         "skipped_updates": 1.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["GRPO", "PPO"])
+def test_reference_policy_and_critic_survive_a_resume(tmp_path, monkeypatch, name):
+    whole = tiny_run(tmp_path / "whole", monkeypatch, algorithm=name, num_steps=3)
+    train(whole)
+    cut = tiny_run(tmp_path / "cut", monkeypatch, algorithm=name, num_steps=3)
+
+    class Killed(BaseException):
+        pass
+
+    def die(run, batch, learn=loop.learn):
+        if run.step == 1:
+            raise Killed
+        return learn(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learn", die)
+        with pytest.raises(Killed):
+            train(cut)
+    resumed = open_run(tmp_path / "cut")
+    train(resumed)
+    assert without_times(resumed.directory.history()) == without_times(whole.directory.history())

@@ -142,6 +142,8 @@ def _carry_on(run) -> int:
         summarise(run)
     if run.tracker is not None:
         run.tracker.finish()
+    if reason:
+        run.directory.stopped_early(reason)
     page = build_report(run.directory)
     if reason:
         print(f"stopped early: {reason}")

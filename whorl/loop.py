@@ -47,7 +47,7 @@ def train(run: Run) -> str | None:
 def begin(run: Run) -> None:
     """Step 0: the policy as it is before reinforcement learning, evaluated and kept."""
     run.warm = True
-    if run.algorithm.needs and "logp_ref_N" in run.algorithm.needs:
+    if "logp_ref_N" in run.algorithm.needs:
         run.learner.set_reference()
     run.log({"step": 0, "policy_version": 0} | evaluate(run))
     run.save()

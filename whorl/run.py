@@ -122,6 +122,8 @@ class Run:
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint of this run."""
         tensors, state = checkpoint.load(path)
+        if any(name.startswith("reference/") for name in tensors):
+            self.learner.set_reference()
         self.learner.load_state_dict(tensors, state["learner"])
         self.step, self.warm = state["step"], True
         self.steps_without_signal = state["steps_without_signal"]

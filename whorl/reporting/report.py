@@ -108,6 +108,7 @@ def build_report(run: RunDirectory | Path | str) -> Path:
         title=str(run.config.get("recipe") or run.name),
         name=run.name,
         progress=_progress(rows, run.config),
+        stop_reason=run.stop_reason,
         changes=before_after(rows),
         sections=_sections(rows, run.supervised_history()),
         alarms=alarms(rows),

@@ -6,6 +6,7 @@
     supervised.jsonl    the same for updates of the supervised start, if there is one
     rollouts/step_000012.parquet    what was sampled in step 12 (columns: `rollout_table.py`)
     checkpoints/step_000012/        weights and state (written by `whorl.learning`)
+    stopped.json        why the run ended before its last step, if it did
     report.html         the page that `whorl report` makes
 
 Files other than the two logs are written under a temporary name, fsynced and renamed, so that a name never
@@ -109,8 +110,19 @@ class RunDirectory:
     def supervised_history(self) -> list[dict[str, Any]]:
         return self._supervised.rows()
 
+    def stopped_early(self, reason: str) -> None:
+        """Record why the run ended before its last step."""
+        write_atomically(self.path / "stopped.json", _json_bytes({"reason": reason}))
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run ended before its last step; None if it did not, or has gone on since."""
+        file = self.path / "stopped.json"
+        return json.loads(file.read_text(encoding="utf-8"))["reason"] if file.exists() else None
+
     def truncate_after(self, step: int) -> None:
         """Forget everything logged or sampled after `step`, so that a resumed run can do it again."""
+        (self.path / "stopped.json").unlink(missing_ok=True)
         self._metrics.truncate_after(step)
         for later in self.rollout_steps():
             if later > step:
