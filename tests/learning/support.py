@@ -61,6 +61,28 @@ REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, None, 0.0, 0.5], [0
 """A group without signal, an unjudged rollout, and three groups with signal."""
 
 
+def groups_with_prompts(rewards=REWARDS, seed=0, prompt_lengths=(6, 9, 1, 14)) -> list[Group]:
+    """Two turns with an environment's line between them, after one prompt for all rollouts of a group."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for g, row in enumerate(rewards):
+        problem, prompt = Problem(f"p{g}", "", "answer"), rng.integers(0, VOCAB, prompt_lengths[g])
+        rollouts = []
+        for i, reward in enumerate(row):
+            policy_T = np.repeat([False, True, False, True], [len(prompt), *rng.integers(1, 6, size=3)])
+            tokens_T = np.concatenate([prompt, rng.integers(0, VOCAB, len(policy_T) - len(prompt))])
+            role_T = np.where(policy_T, role_code("assistant"), role_code("user")).astype(np.int8)
+            logp_T = np.where(policy_T, -rng.exponential(size=len(policy_T)) - 1.5, 0.0)
+            rollouts.append(
+                Rollout(
+                    problem, g, i, tokens_T, policy_T, role_T, logp_T, logp_T, np.where(policy_T, 0, -1),
+                    score=Score(reward),
+                )
+            )  # fmt: skip
+        groups.append(Group(problem, rollouts))
+    return groups
+
+
 def random_batch(num_sequences: int = 6, seed: int = 0, longest: int = 20) -> Batch:
     """Ragged sequences with a mask; the first token of each is never the policy's."""
     rng = np.random.default_rng(seed)

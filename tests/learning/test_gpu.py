@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from tests.learning.support import REWARDS, gradient_of, relative, scripted_groups, tiny_learner
+from tests.learning.support import (
+    REWARDS,
+    gradient_of,
+    groups_with_prompts,
+    relative,
+    scripted_groups,
+    tiny_learner,
+)
 from whorl.algorithms.algorithm import assemble
 from whorl.algorithms.catalog import CISPO
 from whorl.learning.learner import Learner
@@ -32,3 +39,23 @@ def test_batches_on_the_cpu_train_a_model_on_the_gpu():
     )
     again.load_state_dict(*there.state_dict())
     assert torch.equal(again.values(batch), there.values(batch))
+
+
+def test_a_shared_prompt_gives_the_same_gradient_on_the_gpu_and_the_same_bits_each_time():
+    """Gradients of all continuations of a prompt add up in its state, its keys and its last hidden state."""
+    groups = groups_with_prompts(rewards=[[0.0, 1.0] * 16] * 4, prompt_lengths=(150, 40, 7, 20))
+    batch = assemble(groups, CISPO)
+    here = tiny_learner()
+    here.forward_backward(batch, CISPO.terms)
+    there = Learner(tiny_learner().model.cuda(), OptimizerSettings(learning_rate=1e-2))
+    assert (here.logprobs(batch) - there.logprobs(batch)).abs().max() < 1e-12
+    there.forward_backward(batch, CISPO.terms)
+    assert relative(gradient_of(there).cpu(), gradient_of(here)) < 1e-11
+    again = []
+    for _ in range(5):
+        learner = Learner(
+            tiny_learner(dtype=torch.float32).model.cuda(), OptimizerSettings(learning_rate=1e-2)
+        )
+        learner.forward_backward(batch, CISPO.terms)
+        again.append(gradient_of(learner))
+    assert all(torch.equal(gradient, again[0]) for gradient in again)

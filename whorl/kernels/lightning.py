@@ -94,13 +94,17 @@ class _Lightning(torch.autograd.Function):
         # One block and no state in or out: plain masked attention, which is all a short rollout needs.
         single = J == 1 and state is None and not want_state
         q5, k5, v5 = (x.to(dtype).view(S, H, J, block, K) for x in (q, k, v))
-        scores = (q5 @ k5.transpose(-1, -2)) * within[:, None]
+        scores = (q5 @ k5.transpose(-1, -2)).mul_(within[:, None])
         out = scores @ v5
         states = []
         if not single:
-            states = _state_at_blocks(k5, v5, key, carry, None if state is None else state.to(dtype))
-            out += (q5 * query) @ torch.stack(states[:-1], dim=2)
-        ctx.save_for_backward(q, k, v, slope, length_S, *states[:-1])
+            states = (
+                [state.to(dtype)]
+                if J == 1 and state is not None and not want_state
+                else _state_at_blocks(k5, v5, key, carry, None if state is None else state.to(dtype))
+            )
+            out += (q5 * query) @ torch.stack(states[:J], dim=2)
+        ctx.save_for_backward(q, k, v, slope, length_S, *states[:J])
         ctx.block, ctx.single, ctx.has_state = block, single, state is not None
         final = states[-1].clone() if want_state else None
         return out.view(S, H, T, K).to(q.dtype), final
@@ -115,8 +119,8 @@ class _Lightning(torch.autograd.Function):
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         within, query, key, carry = _decays(slope, block, length_S, J, dtype)
         do, q5, k5, v5 = (x.to(dtype).reshape(S, H, J, block, K) for x in (grad_out, q, k, v))
-        scores = (q5 @ k5.transpose(-1, -2)) * within[:, None]
-        dscores = (do @ v5.transpose(-1, -2)) * within[:, None]
+        scores = (q5 @ k5.transpose(-1, -2)).mul_(within[:, None])
+        dscores = (do @ v5.transpose(-1, -2)).mul_(within[:, None])
         dq = dscores @ k5
         dk = dscores.transpose(-1, -2) @ q5
         dv = scores.transpose(-1, -2) @ do
@@ -131,8 +135,10 @@ class _Lightning(torch.autograd.Function):
                 R = carry[:, :, j, None, None] * R + pulled[:, :, j]
             right_J = torch.stack(right[::-1], dim=2)
             dq += query * (do @ torch.stack(states, dim=2).transpose(-1, -2))
-            dk += key * (v5 @ right_J.transpose(-1, -2))
-            dv += (k5 * key) @ right_J
+            # A single block whose outgoing state nobody used gets nothing from the right.
+            if J > 1 or grad_state is not None:
+                dk += key * (v5 @ right_J.transpose(-1, -2))
+                dv += (k5 * key) @ right_J
             grad_in = R if ctx.has_state else None
         dq, dk, dv = (g.view(S, H, T, K).to(q.dtype) for g in (dq, dk, dv))
         return dq, dk, dv, None, grad_in, None, None, None

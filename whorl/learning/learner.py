@@ -7,6 +7,9 @@ holds its weights. Here, and only here, objectives are negated:
 
 The weights were fixed on the global batch, so the loss is a sum over sequences and its gradient does not
 depend on how they are cut into micro-batches.
+
+A prompt that sequences of a micro-batch share is computed once and counts as often as it is shared: what the
+learner returns is what it would return for each sequence alone, at the cost of the distinct tokens.
 """
 
 import copy
@@ -25,9 +28,9 @@ from whorl.algorithms.objectives import MAX_LOG_RATIO
 from whorl.data import Batch, Metrics, apply, columns_read_by
 from whorl.learning.checkpoint import check_tensors
 from whorl.learning.optimizer import Optimizer, OptimizerSettings
-from whorl.learning.packing import micro_batches
+from whorl.learning.packing import layout_of, micro_batches, with_prefixes
 from whorl.model.experts import Routing, load_balance_loss
-from whorl.model.layout import Layout
+from whorl.model.layout import Fork, Layout
 from whorl.model.transformer import Hidden, Transformer
 
 HEAD_ELEMENTS = 2**26
@@ -132,16 +135,19 @@ class Learner:
         wanted |= {"tokens_N", "trained_N"} | ({"logp_old_N"} if "logp_old_N" in batch else set())
         wanted |= {"logp_sampler_N"} if compare_sampler else set()
         slim = Batch(batch.cu_seqlens, {name: c for name, c in batch.columns.items() if name in wanted})
+        read_N = torch.stack([batch["trained_N"], *(batch[t.weight_column] != 0 for t in terms)]).any(dim=0)
+        written_N = batch.columns.get("policy_N", read_N)
+        slim = with_prefixes(slim.with_columns(read_N=read_N), read_N | written_N)
         totals: defaultdict[str, Tensor | float] = defaultdict(float)
         largest = torch.zeros((), dtype=torch.float64, device=self.device)
         chosen_LE = torch.zeros_like(self._chosen_LE)
         both: list[Tensor] = []
         for part in micro_batches(slim, self.token_budget):
-            columns = {name: part[name].to(self.device) for name in wanted if name in part}
-            hidden = self._run(part, self.model)
-            columns |= self._live(columns, hidden.hidden_ND, live, [term.weight_column for term in terms])
+            columns = {name: part[name].to(self.device) for name in (*wanted, "read_N") if name in part}
+            hidden, layout = self._run(part, self.model)
+            columns |= self._live(columns, hidden.hidden_ND, layout, live)
             loss, sums = _sum_terms(columns, terms)
-            router_loss, router_sums = self._router(hidden.routing, chosen_LE, batch.num_tokens)
+            router_loss, router_sums = self._router(hidden.routing, layout, chosen_LE, batch.num_tokens)
             (loss + self.router_aux_coefficient * router_loss).backward()
             for name, value in (sums | router_sums).items():
                 totals[name] = totals[name] + value
@@ -223,9 +229,10 @@ class Learner:
 
     # The forward pass and the heads.
 
-    def _run(self, batch: Batch, model: Transformer) -> Hidden:
-        layout = Layout(batch.cu_seqlens.to(self.device))
-        return model(batch["tokens_N"].to(self.device), layout)
+    def _run(self, batch: Batch, model: Transformer) -> tuple[Hidden, Layout | Fork]:
+        """Hidden states of the tokens of the layout's rows, in which a shared prefix stands once."""
+        layout = layout_of(batch, self.device)
+        return model(batch["tokens_N"].to(self.device)[layout.source_U], layout), layout
 
     @torch.no_grad()
     def _read(self, batch: Batch, model: Transformer, head: Callable[..., Tensor]) -> Float[Tensor, " N"]:
@@ -233,27 +240,27 @@ class Learner:
         _check_first_tokens(batch, batch["policy_N"], "policy_N")
         slim = Batch(batch.cu_seqlens, {name: batch[name] for name in ("tokens_N", "policy_N")})
         slim = slim.with_columns(place_N=torch.arange(batch.num_tokens))
+        slim = with_prefixes(slim, slim["policy_N"])
         result_N = torch.zeros(batch.num_tokens, dtype=self.dtype)
         for part in micro_batches(slim, self.token_budget):
             index_M = part["policy_N"].nonzero().flatten()
-            hidden_ND = self._run(part, model).hidden_ND
-            hidden_MD = hidden_ND.index_select(0, (index_M - 1).to(self.device))
+            hidden, layout = self._run(part, model)
+            hidden_MD = hidden.hidden_ND[layout.place_N[index_M.to(self.device) - 1]]
             scores_M = head(model, hidden_MD, part["tokens_N"][index_M].to(self.device))
             result_N[part["place_N"][index_M]] = scores_M.cpu()
         return result_N
 
     def _live(
-        self, columns: Mapping[str, Tensor], hidden_ND: Tensor, live: set[str], weights: list[str]
+        self, columns: Mapping[str, Tensor], hidden_ND: Tensor, layout: Layout | Fork, live: set[str]
     ) -> dict[str, Tensor]:
         """The live columns, with gradient where a term reads them, 0 at tokens that nothing trains on."""
-        needed_N = columns["trained_N"]
-        for name in weights:
-            needed_N = needed_N | (columns[name] != 0)
-        index_M = needed_N.nonzero().flatten()
-        hidden_MD = hidden_ND.index_select(0, index_M - 1)
+        index_M = columns["read_N"].nonzero().flatten()
+        # Sequences of one prefix read the same state for their first token. (Indexing adds up their
+        # gradients in a fixed order on every device.)
+        hidden_MD = hidden_ND[layout.place_N[index_M - 1]]
 
         def spread(values_M: Tensor) -> Tensor:
-            return values_M.new_zeros(len(needed_N)).index_copy(0, index_M, values_M)
+            return values_M.new_zeros(len(columns["read_N"])).index_copy(0, index_M, values_M)
 
         made = {}
         logp_M, entropy_M = self._logp_and_entropy(
@@ -303,19 +310,25 @@ class Learner:
         return list(zip(hidden_MD.split(rows), target_M.split(rows), strict=True))
 
     def _router(
-        self, routing: list[Routing], chosen_LE: Tensor, num_tokens: int
+        self, routing: list[Routing], layout: Layout | Fork, chosen_LE: Tensor, num_tokens: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The load-balance loss of these tokens as their part of the batch's; adds to the counts."""
+        """The load-balance loss of these tokens as their part of the batch's; adds to the counts.
+
+        A token of a shared prefix counts once for each sequence that begins with it, as it does in the batch.
+        """
         if not routing:
             return torch.zeros((), device=self.device), {}
-        probs_NE = routing[0].probs_NE
-        weight_N = probs_NE.new_full((len(probs_NE),), 1 / num_tokens)
-        loss = load_balance_loss(routing, self._share_LE, weight_N)
+        weight_U = layout.copies_U.double() / num_tokens
+        loss = load_balance_loss(routing, self._share_LE, weight_U)
         with torch.no_grad():
             for layer, chosen_E in zip(routing, chosen_LE, strict=True):
-                chosen_E += torch.bincount(layer.chosen.flatten(), minlength=len(chosen_E))
-            entropy = sum(torch.special.entr(layer.probs_NE).sum(dtype=torch.float64) for layer in routing)
-            spread = entropy / (len(routing) * num_tokens)
+                chosen_E.index_add_(
+                    0, layer.chosen.T.flatten(), layout.copies_U.repeat(layer.chosen.shape[1])
+                )
+            entropy = sum(
+                weight_U @ torch.special.entr(layer.probs_NE).sum(dim=1).double() for layer in routing
+            )
+            spread = entropy / len(routing)
         return loss, {"router_aux_loss": loss.detach(), "router_entropy_nats": torch.as_tensor(spread)}
 
     def _check(self, batch: Batch, terms: Sequence[Term]) -> None:

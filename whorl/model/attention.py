@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from whorl.kernels.lightning import lightning, lightning_decode, slopes
 from whorl.model.config import ModelConfig
-from whorl.model.layout import Layout
+from whorl.model.layout import Fork, Layout
 from whorl.model.state import State
 
 
@@ -30,11 +30,13 @@ class RMSNorm(nn.Module):
 class Step:
     """What all layers of one forward pass share.
 
-    `state` and `slots` are given when the tokens continue sequences (prefill, decode): sequence s of the
-    layout continues `slots[s]`. `decode` says that every sequence has one token and sits in slot s.
+    A `Fork` in place of a layout says that sequences share prefixes: every layer computes a prefix once, and
+    the sequences continue from what it has become there. `state` and `slots` are given when the tokens
+    continue sequences of before (prefill, decode): sequence s of the layout continues `slots[s]`. `decode`
+    says that every sequence has one token and sits in slot s.
     """
 
-    layout: Layout
+    layout: Layout | Fork
     rotation: tuple[Tensor, Tensor]
     state: State | None = None
     slots: Tensor | None = None
@@ -73,29 +75,39 @@ class LightningAttention(nn.Module):
     def forward(self, x: Tensor, step: Step) -> Tensor:
         N, H, K = len(x), self.num_heads, self.head_dim
         qkv = F.silu(self.qkv_proj(x)).view(N, H, 3 * K)
-        slope_H = self.slope_H(x.device)
         if step.decode:
             assert step.state is not None
             q, k, v = qkv.split(K, dim=-1)
-            out = lightning_decode(q, k, v, slope_H, step.state.lightning[self.index][:N])
+            out = lightning_decode(q, k, v, self.slope_H(x.device), step.state.lightning[self.index][:N])
+        elif isinstance(step.layout, Fork):
+            fork = step.layout
+            prefix, rest = qkv.split([fork.prefixes.num_tokens, fork.rests.num_tokens])
+            prefix_out, final = self._rows(prefix, fork.prefixes, want_state=True)
+            assert final is not None
+            # A rest starts from the state that its prefix left behind; backward, the gradients of all
+            # rests add up there. (Indexing does that in a fixed order on every device.)
+            rest_out, _ = self._rows(rest, fork.rests, final[fork.parent_R])
+            out = torch.cat([prefix_out, rest_out])
+        elif step.state is not None:
+            pool = step.state.lightning[self.index]
+            out, final = self._rows(qkv, step.layout, pool[step.slots], want_state=True)
+            assert final is not None
+            pool[step.slots] = final
         else:
-            layout = step.layout
-            q, k, v = layout.pad(qkv).permute(0, 2, 1, 3).split(K, dim=-1)
-            length_S = None if layout.rectangular else layout.length_S
-            incoming = None
-            if step.state is not None:
-                pool = step.state.lightning[self.index]
-                incoming = pool[step.slots]
-            rows, final = lightning(
-                q.contiguous(), k.contiguous(), v.contiguous(), slope_H,
-                state=incoming, length_S=length_S, want_state=step.state is not None,
-            )  # fmt: skip
-            if step.state is not None:
-                assert final is not None
-                pool[step.slots] = final
-            out = layout.unpad(rows.permute(0, 2, 1, 3))
+            out, _ = self._rows(qkv, step.layout)
         gate = torch.sigmoid(self.output_gate(x))
         return self.out_proj(gate * self.norm(out.reshape(N, H * K)))
+
+    def _rows(
+        self, qkv: Tensor, layout: Layout, incoming: Tensor | None = None, *, want_state: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of packed rows `[N, H, 3K]` that continue `incoming`: `[N, H, K]`, and the states after."""
+        q, k, v = layout.pad(qkv).permute(0, 2, 1, 3).split(self.head_dim, dim=-1)
+        rows, final = lightning(
+            q.contiguous(), k.contiguous(), v.contiguous(), self.slope_H(qkv.device),
+            state=incoming, length_S=None if layout.rectangular else layout.length_S, want_state=want_state,
+        )  # fmt: skip
+        return layout.unpad(rows.permute(0, 2, 1, 3)), final
 
 
 def rotation(config: ModelConfig, position_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -149,15 +161,35 @@ class SoftmaxAttention(nn.Module):
             out = self._decode(q, k, v, step)
         elif step.state is not None:
             out = self._continue(q, k, v, step)
+        elif isinstance(step.layout, Fork):
+            out = self._fork(q, k, v, step.layout)
         else:
-            pad = step.layout.pad
-            q, k, v = (pad(y).transpose(1, 2) for y in (q, k, v))
-            # Padding stands at the end of a row, where no real token looks: causality is the only mask.
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.num_heads
-            )
-            out = step.layout.unpad(out.transpose(1, 2))
+            out, _, _ = self._causal(q, k, v, step.layout)
         return self.o_proj(out.reshape(N, self.num_heads * K))
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed rows that begin at position 0: outputs `[N, H, K]`, and keys and values as padded rows."""
+        q, k, v = (layout.pad(y).transpose(1, 2) for y in (q, k, v))
+        # Padding stands at the end of a row, where no real token looks: causality is the only mask.
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.num_heads
+        )
+        return layout.unpad(out.transpose(1, 2)), k, v
+
+    def _fork(self, q: Tensor, k: Tensor, v: Tensor, fork: Fork) -> Tensor:
+        """Prefixes attend within themselves; each rest to the keys of its prefix and causally to its own."""
+        sizes = [fork.prefixes.num_tokens, fork.rests.num_tokens]
+        (q_prefix, q), (k_prefix, k), (v_prefix, v) = (y.split(sizes) for y in (q, k, v))
+        out_prefix, k_prefix, v_prefix = self._causal(q_prefix, k_prefix, v_prefix, fork.prefixes)
+        pad, parent_R = fork.rests.pad, fork.parent_R
+        out = F.scaled_dot_product_attention(
+            pad(q).transpose(1, 2),
+            torch.cat([k_prefix[parent_R], pad(k).transpose(1, 2)], dim=2),
+            torch.cat([v_prefix[parent_R], pad(v).transpose(1, 2)], dim=2),
+            attn_mask=fork.seen,
+            enable_gqa=self.kv_heads != self.num_heads,
+        )
+        return torch.cat([out_prefix, fork.rests.unpad(out.transpose(1, 2))])
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """One token per sequence against its own cached row. q `[S, H, K]`; the cache is extended."""
@@ -181,6 +213,7 @@ class SoftmaxAttention(nn.Module):
         assert step.state is not None
         assert step.slots is not None
         assert step.start_S is not None
+        assert isinstance(step.layout, Layout)
         layout, slots = step.layout, step.slots
         keys, values = step.state.keys[self.index], step.state.values[self.index]
         slot_N = slots[layout.sequence_N]

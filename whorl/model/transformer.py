@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from whorl.model.attention import LightningAttention, RMSNorm, SoftmaxAttention, Step, rotation
 from whorl.model.config import ModelConfig
 from whorl.model.experts import DenseFeedForward, Experts, Routing
-from whorl.model.layout import Layout
+from whorl.model.layout import Fork, Layout
 from whorl.model.state import State
 
 
@@ -90,26 +90,27 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def forward(
-        self, tokens_N: Tensor, layout: Layout, state: State | None = None, slots: Tensor | None = None
+        self, tokens_N: Tensor, layout: Layout | Fork, state: State | None = None, slots: Tensor | None = None
     ) -> Hidden:
-        """Hidden states of packed tokens.
+        """Hidden states of packed tokens. With a `Fork`, of the tokens of its rows: pass `tokens[source_U]`.
 
         With `state` and `slots`, sequence s of the layout continues the sequence in slot `slots[s]`: its
         tokens see all that the slot holds, and the slot is extended by them (no gradient).
         """
         if state is None:
-            step = Step(layout, self._rotation(layout.position_N))
-        else:
-            assert slots is not None, "a forward pass with a state needs the slots of its sequences"
-            assert not torch.is_grad_enabled(), "a state is extended without gradient: use torch.no_grad()"
-            start_S = state.length[slots]
-            end = int((start_S + layout.length_S).max())
-            state.reserve(end)
-            position_N = start_S[layout.sequence_N] + layout.position_N
-            step = Step(layout, self._rotation(position_N), state, slots, start_S, key_limit=end)
+            return self._run(tokens_N, Step(layout, self._rotation(layout.position_N)))
+        assert slots is not None, "a forward pass with a state needs the slots of its sequences"
+        assert isinstance(layout, Layout), (
+            "sequences that continue a state have rows of their own, not a Fork"
+        )
+        assert not torch.is_grad_enabled(), "a state is extended without gradient: use torch.no_grad()"
+        start_S = state.length[slots]
+        end = int((start_S + layout.length_S).max())
+        state.reserve(end)
+        position_N = start_S[layout.sequence_N] + layout.position_N
+        step = Step(layout, self._rotation(position_N), state, slots, start_S, key_limit=end)
         hidden = self._run(tokens_N, step)
-        if state is not None:
-            state.length[slots] += layout.length_S
+        state.length[slots] += layout.length_S
         return hidden
 
     def decode(self, tokens_S: Tensor, state: State) -> Hidden:
