@@ -392,3 +392,24 @@ def test_the_head_is_asked_for_trained_tokens_only():
     learner.forward_backward(batch, CISPO.terms)
     assert rows == [int(batch["trained_N"].sum())]
     assert rows[0] < batch.num_tokens
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_threads_change_neither_gradient_nor_metrics_and_repeat_to_the_bit(num_threads, monkeypatch):
+    monkeypatch.setattr("whorl.learning.packing.MIN_TOKENS_PER_THREAD", 8)
+    batch = assemble(scripted_groups(REWARDS), CISPO)
+    results = []
+    for threads in (1, num_threads, num_threads):
+        learner = tiny_learner(num_threads=threads)
+        metrics = learner.forward_backward(batch, CISPO.terms, compare_sampler=True)
+        gradient = {n: p.grad.clone() for n, p in learner.model.named_parameters() if p.grad is not None}
+        results.append((metrics, gradient, learner.logprobs(batch)))
+    (metrics, gradient, logp), (others, threaded, logp_threaded), (_, again, logp_again) = results
+    assert metrics.keys() == others.keys()
+    assert all(others[name] == pytest.approx(metrics[name], rel=1e-10, abs=1e-12) for name in metrics)
+    scale = max(float(g.abs().max()) for g in gradient.values())
+    for name, expected in gradient.items():
+        assert float((threaded[name] - expected).abs().max()) <= 1e-12 * scale
+        assert torch.equal(threaded[name], again[name])
+    assert torch.allclose(logp, logp_threaded, rtol=0, atol=1e-12)
+    assert torch.equal(logp_threaded, logp_again)

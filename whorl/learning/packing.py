@@ -1,5 +1,6 @@
 """Cutting a batch into micro-batches, and laying each out so that a shared prompt is computed once."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -13,6 +14,10 @@ from whorl.model.layout import Fork, Layout
 MIN_SAVED_FRAC = 1 / 16
 """Prefixes are shared where that leaves out at least this part of a batch's tokens. To hand states and keys on
 costs as much as computing a few per cent of the tokens (a lightning layer with 64 tokens to a row: 7%)."""
+
+
+MIN_TOKENS_PER_THREAD = 256
+"""A micro-batch smaller than this is not worth a thread of its own."""
 
 
 def with_prefixes(batch: Batch, read_N: Bool[Tensor, " N"]) -> Batch:
@@ -57,7 +62,7 @@ def _worth_sharing(lengths: Sequence[int], prefixes: Sequence[int], prefix_lengt
     return num_saved > 0 and num_saved >= MIN_SAVED_FRAC * sum(lengths)
 
 
-def micro_batches(batch: Batch, token_budget: int) -> list[Batch]:
+def micro_batches(batch: Batch, token_budget: int, num_threads: int = 1) -> list[Batch]:
     """The sequences of `batch`, each in exactly one of the returned batches.
 
     Attention works on padded rows, so a micro-batch costs (its longest sequence) x (its number of sequences).
@@ -65,7 +70,8 @@ def micro_batches(batch: Batch, token_budget: int) -> list[Batch]:
     + (the longest rest) x (its number of sequences). That is at most `token_budget`; a sequence longer than
     the budget stands alone. Sequences of one prefix stay together if the budget holds them, and are taken
     longest first (equal ones in their own order), so neighbours are of similar length and little is padding.
-    A function of the lengths and of who shares alone.
+    With several threads the budget is lowered until there are about two micro-batches for each, so that one
+    thread that finishes early finds more to do. A function of the lengths, of who shares and of that number alone.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1; got {token_budget}")
@@ -83,7 +89,10 @@ def micro_batches(batch: Batch, token_budget: int) -> list[Batch]:
         longest_rest = max(n - m for n, m in zip(length, prefix_length, strict=True))
         return len(set(prefix)) * max(prefix_length) + len(sequences) * longest_rest
 
-    if padded_tokens(range(len(lengths))) <= token_budget or len(lengths) == 1:
+    whole = padded_tokens(range(len(lengths)))
+    if num_threads > 1:
+        token_budget = min(token_budget, max(math.ceil(whole / (2 * num_threads)), MIN_TOKENS_PER_THREAD))
+    if whole <= token_budget or len(lengths) == 1:
         return [batch]
     families: defaultdict[int, list[int]] = defaultdict(list)
     for s in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
