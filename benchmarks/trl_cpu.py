@@ -5,9 +5,9 @@
 Each model is trained for a few steps by TRL's GRPOTrainer and by Whorl, in processes of their own that alternate
 (TRL, Whorl, TRL, Whorl, ...), so that a machine that slows down slows both. Reported per model: generated
 tokens per second of a whole step (sample, decode, reward, advantages, update, new weights to the sampler), the
-part of it that is sampling, the CPU time of a step (user and system, all threads; neighbours disturb it less)
-and the peak resident memory of the process. benchmarks/README.md says what
-is held equal.
+part of it that is sampling, the CPU time of a step (user and system, all threads and processes; neighbours
+disturb it less) and the peak resident memory of the side's processes, added up. benchmarks/README.md says what is
+held equal.
 
 TRL lives in its own environment, .venv-trl at the root of the checkout, which the first run builds (about a
 minute and 1.5 GB).
@@ -86,7 +86,8 @@ class Run:
 
     model: dict[str, Any]
     """Fields of `ModelConfig`."""
-    num_threads: int
+    num_cores: int
+    """What TRL gives torch as threads and Whorl uses for processes."""
     num_prompts: int = 8
     """Problems of a step, each a new one."""
     group_size: int = 8
@@ -109,7 +110,7 @@ class Run:
 
 @dataclass
 class Measured:
-    """What one process reported, and the most memory that it held."""
+    """What one side reported, and the most memory that it held."""
 
     step_seconds: list[float]
     sampling_seconds: list[float]
@@ -117,6 +118,13 @@ class Measured:
     num_parameters: int
     versions: dict[str, str]
     peak_mib: float
+    """Of the process that was started."""
+    other_processes_mib: float = 0.0
+    """Of those that it started in turn, each one's peak."""
+
+    @property
+    def memory_mib(self) -> float:
+        return self.peak_mib + self.other_processes_mib
 
 
 def python_of_trl() -> Path:
@@ -133,9 +141,8 @@ def python_of_trl() -> Path:
 
 def measure(python: Path | str, script: str, run: Run) -> Measured:
     """Run one side in a process of its own; RuntimeError with its last words if it fails."""
-    threads = str(run.num_threads)
     # Passive waiting: a thread that spins at a barrier beside a busy neighbour costs tens of times its work.
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(run.num_cores), "OMP_WAIT_POLICY": "passive"}
     environment |= dict.fromkeys(OFFLINE, "1")
     command = [str(python), str(HERE / script), json.dumps(asdict(run))]
     with tempfile.TemporaryFile("w+") as errors:
@@ -183,7 +190,7 @@ def compare(name: str, run: Run, num_rounds: int, trl_python: Path, table: Table
             f"{sampling(measured):.3f}",
             f"{step(measured) - sampling(measured):.3f}",
             f"{cpu(measured):.3f}",
-            f"{max(m.peak_mib for m in measured):,.0f}",
+            f"{max(m.memory_mib for m in measured):,.0f}",
         )
     trl, own = sides["TRL"], sides["Whorl"]
     rounds = [step([t]) / step([w]) for t, w in zip(trl, own, strict=True)]
@@ -195,7 +202,7 @@ def compare(name: str, run: Run, num_rounds: int, trl_python: Path, table: Table
         f"{sampling(trl) / sampling(own):.2f}",
         f"{(step(trl) - sampling(trl)) / (step(own) - sampling(own)):.2f}",
         f"{cpu(trl) / cpu(own):.2f}",
-        f"{max(m.peak_mib for m in own) / max(m.peak_mib for m in trl):.2f}",
+        f"{max(m.memory_mib for m in own) / max(m.memory_mib for m in trl):.2f}",
     )
     table.add_section()
     return ", ".join(f"{k} {v}" for k, v in (trl[0].versions | own[0].versions).items())
@@ -203,7 +210,7 @@ def compare(name: str, run: Run, num_rounds: int, trl_python: Path, table: Table
 
 def main(
     models: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(MODELS)}")] = tuple(MODELS),
-    threads: int = 2,
+    cores: int = 2,
     rounds: int = 3,
     steps: int = 5,
 ) -> None:
@@ -213,14 +220,14 @@ def main(
             raise ValueError(f"unknown model {name!r}; expected one of {', '.join(MODELS)}")
     load = os.getloadavg()[0]
     trl_python = python_of_trl()
-    table = Table(title=f"CISPO steps, {threads} threads: rates in generated tokens/s of a whole step")
+    table = Table(title=f"CISPO steps on {cores} cores: rates in generated tokens/s of a whole step")
     table.add_column("model")
     table.add_column("side")
     for heading in ("weights", "tokens/s, median", "all steps", "sample s", "update s", "CPU s", "peak MiB"):
         table.add_column(heading, justify="right")
     versions = ""
     for name in models:
-        run = Run(asdict(MODELS[name]), num_threads=threads, num_steps=steps)
+        run = Run(asdict(MODELS[name]), num_cores=cores, num_steps=steps)
         versions = compare(name, run, rounds, trl_python, table)
     console = Console(width=120)
     console.print(table)

@@ -154,7 +154,7 @@ def config(run: dict, directory: str) -> GRPOConfig:
 
 def measure(run: dict) -> dict:
     """Step times in seconds (in order, after warm-up) of the run described by trl_cpu.py."""
-    torch.set_num_threads(run["num_threads"])
+    torch.set_num_threads(run["num_cores"])
     torch.manual_seed(run["seed"])
     disable_progress_bars()
     rng = random.Random(run["seed"])

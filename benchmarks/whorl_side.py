@@ -6,58 +6,37 @@ shape of the run arrives as JSON on the command line (`Run` in trl_cpu.py says w
 """
 
 import json
-import random
-import string
 import sys
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from even_tokens import EvenTokens
 
 import whorl
 from whorl.algorithms.algorithm import assemble
 from whorl.algorithms.catalog import with_settings
-from whorl.data import Problem, Rollout, Score
-from whorl.environments.base import Card, Environment, problem_rng
 from whorl.learning.learner import Learner
 from whorl.learning.optimizer import OptimizerSettings
 from whorl.model.config import ModelConfig
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
-from whorl.rollouts import Player
+from whorl.player_processes import PlayerProcesses
+from whorl.rollouts import peak_memory_gib
 from whorl.sampling.draw import Sampling
 from whorl.sampling.engine import Engine
 
-NUM_CHAT_TOKENS = 3  # around a prompt: <user> text <end> <assistant>
 
-
-@dataclass(frozen=True)
-class EvenTokens(Environment):
-    """The reward is the share of even token ids: cheap, and different between samples of a random model."""
-
-    num_prompt_tokens: int
-    card = Card(
-        prompt="random letters",
-        turn="anything",
-        ends="after one turn",
-        reward="share of even token ids, 0..1",
-        chance=0.5,
-    )
-
-    def problem(self, split: str, index: int) -> Problem:
-        rng = random.Random(int(problem_rng(self.name, split, index).integers(2**32)))
-        letters = rng.choices(string.ascii_letters, k=self.num_prompt_tokens - NUM_CHAT_TOKENS)
-        return Problem(str(index), "".join(letters))
-
-    def verify(self, problem: Problem, rollout: Rollout) -> Score:
-        written = rollout.tokens_T[rollout.policy_T].tolist()
-        return Score(sum(token % 2 == 0 for token in written) / len(written))
+def cpu_seconds(player: PlayerProcesses) -> float:
+    """User and system time so far of this process and of those that play for it."""
+    # The number by which Linux knows the CPU clock of another process: clock_getcpuclockid(3).
+    others = sum(time.clock_gettime(~process_id << 3 | 2) for process_id in player.process_ids)
+    return time.process_time() + others
 
 
 def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Step times in seconds (in order, after warm-up) of the run described by trl_cpu.py."""
-    torch.set_num_threads(run["num_threads"])
+    torch.set_num_threads(1)  # as in every run: further cores get processes
     tokenizer = Tokenizer.byte_level()
     assert tokenizer.vocab_size == run["model"]["vocab_size"]
     context = run["num_prompt_tokens"] + run["num_new_tokens"]
@@ -71,11 +50,12 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     # TRL divides by the tokens of the batch, the paper by those of a problem's group: the same at equal lengths.
     algorithm = with_settings("CISPO", ratio_max=run["ratio_max"], average="token_mean")
     environment = EvenTokens(run["num_prompt_tokens"])
-    player = Player(environment, engine, tokenizer, run["seed"])
+    player = PlayerProcesses(environment, engine, tokenizer, run["seed"], cores=run["num_cores"])
+    player.start()
     sampling = Sampling(max_tokens=run["num_new_tokens"])
     steps, samplings, cpu = [], [], []
     for step in range(run["num_warmup_steps"] + run["num_steps"]):
-        start, cpu_start = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), cpu_seconds(player)
         first = step * run["num_prompts"]
         problems = [environment.problem("train", first + i) for i in range(run["num_prompts"])]
         groups, _ = player.play(problems, run["group_size"], sampling, (step,))
@@ -85,7 +65,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         learner.optim_step()
         engine.load(learner.weights(), learner.version)
         steps.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - cpu_start)
+        cpu.append(cpu_seconds(player) - cpu_start)
         assert batch.num_tokens == num_rollouts * context
         assert int(batch["policy_N"].sum()) == num_rollouts * run["num_new_tokens"]
     assert learner.version == len(steps), "an update was skipped"
@@ -94,6 +74,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         "sampling_seconds": samplings[run["num_warmup_steps"] :],
         "cpu_seconds": cpu[run["num_warmup_steps"] :],
         "num_parameters": model.num_parameters,
+        "other_processes_mib": 1024 * (player.memory_gib - peak_memory_gib()),
         "versions": {"whorl": whorl.__version__, "torch": torch.__version__},
     }
 

@@ -27,7 +27,7 @@ class Tiny(Settings):
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(2, 4, 2))
     checkpoint_every_steps: int = 1
     rollouts_every_steps: int = 1
-    threads: int = 1
+    cores: int = 1
     stop_after_steps_without_signal: int = 0
 
 

@@ -12,6 +12,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 import sys
@@ -65,12 +66,17 @@ def install_files(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             Path(path).write_text(fence[2], encoding="utf-8")
             parent = importlib.import_module(f"whorl.{package}")
             monkeypatch.setattr(parent, "__path__", [*parent.__path__, str(Path(path).parent.resolve())])
+            # Other processes would look in the real package only, so runs of this page keep to one core.
+            monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
     importlib.invalidate_caches()
 
 
 def run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Execute the page's Python from top to bottom. Errors carry the page's own line numbers."""
     install_files(page, monkeypatch)
+    # One process: the page's modules are known to this one only.
+    for user in ("whorl.run", "whorl.cold_start"):
+        monkeypatch.setattr(f"{user}.num_cores", lambda settings: 1)
     text = page.read_text(encoding="utf-8")
     module = types.ModuleType(f"page_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -144,7 +150,6 @@ def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Settings |
         raise KeyboardInterrupt
 
     monkeypatch.setattr(whorl.run, "start_run", start)
-    monkeypatch.setattr(whorl.run, "use_threads", lambda settings: None)
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:

@@ -1,11 +1,5 @@
 """The command line: whorl train | resume | evaluate | play | check | list | report."""
 
-import os
-
-# torch's OpenMP threads spin while they wait; beside any other busy process two spinning threads become many
-# times slower than one. Must be set before torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +17,7 @@ USAGE = """usage: whorl COMMAND ...
   resume RUN                  go on with a run from its newest checkpoint
   evaluate RUN                accuracy of a checkpoint on held-out problems, with intervals
   play RUN                    talk to a checkpoint and see the verdicts
-  check [ENVIRONMENT]         prove that environments accept their own gold answers and reject babble
+  check [WHAT]                prove that a promise holds: sampler, gradients, or an environment
   list                        recipes, algorithms, environments, one line each
   report RUN                  write the run's report.html again
 """
@@ -94,9 +88,8 @@ def _train(words: list[str]) -> int:
             run: directory of the new run; by default the next free runs/RECIPE-N.
         """
         from whorl.reporting.console import Console
-        from whorl.run import start_run, use_threads
+        from whorl.run import start_run
 
-        use_threads(settings)
         progress = Console(settings.num_steps)
         return _carry_on(start_run(name, settings, run, progress))
 
@@ -220,35 +213,54 @@ def _play(words: list[str]) -> int:
 def _check(words: list[str]) -> int:
     import tyro
 
-    def check(environment: Annotated[str | None, tyro.conf.Positional] = None, problems: int = 50) -> int:
-        """Prove that an environment accepts its own gold answers, rejects babble with a reason, keeps its
-        splits apart and has the chance level it states.
+    def check(what: Annotated[str | None, tyro.conf.Positional] = None, problems: int = 50) -> int:
+        """Prove that a promise holds on this machine: `sampler` (its log-probs are the learner's), `gradients` (they
+        do not depend on how a batch is cut, nor on the number of ranks), or an environment (it accepts its own gold
+        answers, rejects babble with a reason, keeps its splits apart and has the chance level it states).
 
         Args:
-            environment: a spec such as countdown,num_numbers=4; by default all that need no argument.
-            problems: problems of each split to try.
+            what: sampler, gradients, or an environment's spec such as countdown,num_numbers=4; by default all
+                environments that need no argument.
+            problems: problems of each split to try, for environments.
         """
+        console = rich.console.Console()
+        if what in ("sampler", "gradients"):
+            return _check_promise(what, console)
+        from whorl.checks.table import Row, table_of
         from whorl.environments.catalog import ENVIRONMENTS, make
         from whorl.environments.check import check_environment
 
         needs_argument = ("data", "reasoning_gym")
-        specs = [environment] if environment else [n for n in ENVIRONMENTS if n not in needs_argument]
-        table = Table(
-            "environment", "what", "measured", "expected", "", title="whorl check", title_justify="left"
-        )
+        specs = [what] if what else [name for name in ENVIRONMENTS if name not in needs_argument]
         all_good = True
         for spec in specs:
-            for result in check_environment(make(spec), problems):
-                what, measured, expected, good = result
-                all_good &= good
-                verdict = "[green]ok[/]" if good else "[red]FAILED[/]"
-                table.add_row(
-                    *(rich.markup.escape(str(x)) for x in (spec, what, measured, expected)), verdict
-                )
-        rich.console.Console().print(table)
+            rows = [Row(*result) for result in check_environment(make(spec), problems)]
+            console.print(table_of(rows, spec))
+            all_good &= all(row.ok for row in rows)
         return 0 if all_good else 1
 
     return _parse(check, words, "check")
+
+
+def _check_promise(name: str, console: rich.console.Console) -> int:
+    import torch
+
+    from whorl.checks.table import table_of
+
+    torch.set_num_threads(1)
+    if name == "sampler":
+        from whorl.checks.precision import precision_costs, row_of_costs, table_of_costs
+        from whorl.checks.sampler import check_sampler
+
+        costs = precision_costs()
+        rows = [*check_sampler(), row_of_costs(costs)]
+        console.print(table_of_costs(costs))
+    else:
+        from whorl.checks.gradients import check_gradients
+
+        rows = check_gradients()
+    console.print(table_of(rows, f"whorl check {name}"))
+    return 0 if all(row.ok for row in rows) else 1
 
 
 def _list(words: list[str]) -> int:

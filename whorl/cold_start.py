@@ -12,7 +12,7 @@ from whorl.learning.learner import Learner
 from whorl.learning.supervised import SUPERVISED, Example, supervised_batch
 from whorl.model.tokenizer import Tokenizer
 from whorl.rollouts import measure
-from whorl.run import Run, new_curriculum
+from whorl.run import Run, new_curriculum, num_cores
 from whorl.sampling.dialogue import Dialogue, Script
 
 
@@ -26,7 +26,12 @@ def cold_start(run: Run) -> None:
     settings = run.settings.cold_start
     if settings.max_updates == 0:
         return
-    learner = Learner(run.model, settings.optimizer.over(settings.max_updates), token_budget=run.settings.token_budget)
+    learner = Learner(
+        run.model,
+        settings.optimizer.over(settings.max_updates),
+        token_budget=run.settings.token_budget,
+        num_threads=num_cores(run.settings),
+    )
     check = run.held_out("validation", settings.check_problems)
     order = new_curriculum(replace(run.settings, curriculum="uniform"), run.environment)
     started = time.monotonic()

@@ -18,6 +18,7 @@ from whorl.run import Run, memory_gib
 def train(run: Run) -> str | None:
     """Carry the run to its last step. Returns None, or the reason why it stopped before."""
     settings = run.settings
+    run.player.start()
     if not run.warm:
         cold_start(run)
         begin(run)
@@ -33,6 +34,7 @@ def train(run: Run) -> str | None:
 
         run.step += 1
         metrics |= sampled | clock.read(batch) | {"step": run.step, "policy_version": run.learner.version}
+        metrics["memory_gib"] = memory_gib(run.player)
         if due(run, settings.evaluation.every_steps):
             metrics |= evaluate(run)
         if due(run, settings.rollouts_every_steps) or run.step == 1:
@@ -76,7 +78,7 @@ def sample_groups(run: Run, clock: "Clock") -> tuple[list[Group], Metrics]:
     """
     settings = run.settings
     wanted, num_samples = settings.problems_per_step, settings.rollouts_per_problem
-    before = run.engine.num_generated_tokens
+    before = run.player.num_generated_tokens
     chosen: list[Group] = []
     seen: list[Group] = []
     verify_seconds = 0.0
@@ -100,7 +102,7 @@ def sample_groups(run: Run, clock: "Clock") -> tuple[list[Group], Metrics]:
     clock.lap("generate_seconds")
     clock.seconds["verify_seconds"] = verify_seconds
     clock.seconds["generate_seconds"] -= verify_seconds
-    clock.generated_tokens = run.engine.num_generated_tokens - before
+    clock.generated_tokens = run.player.num_generated_tokens - before
     highest = run.environment.reward_range[1]
     metrics = measure(seen, highest) | group_statistics(seen, highest_reward=highest)
     metrics["groups_redrawn"] = float(max(len(seen) - wanted, 0))
@@ -225,5 +227,4 @@ class Clock:
             "tokens_per_second": self.generated_tokens / total,
             "generate_tokens_per_second": self.generated_tokens / max(self.seconds["generate_seconds"], 1e-9),
             "train_tokens_per_second": batch.num_tokens / max(self.seconds["train_seconds"], 1e-9),
-            "memory_gib": memory_gib(),
         }

@@ -1,6 +1,8 @@
 """From problems to judged groups: many episodes at once, verified while others still generate."""
 
 import asyncio
+import resource
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,20 +14,49 @@ from whorl.data import Group, Metrics, Problem, Rollout, Score
 from whorl.environments.base import Environment
 from whorl.model.tokenizer import Tokenizer
 from whorl.reporting.console import Advance
-from whorl.sampling.dialogue import Dialogue, Sampler
+from whorl.sampling.dialogue import Dialogue
 from whorl.sampling.draw import Sampling, stream_key
+from whorl.sampling.engine import Engine
 
 NUM_VERIFIERS = 4  # threads that wait for verifiers; the work itself is in processes where it is heavy
 
 
+@dataclass(repr=False)
+class Share:
+    """What one process played: judged groups, in the order in which their problems were given.
+
+    Without a repr of its fields: `asyncio.run` formats the result of what it ran when it looks up the handler
+    of Ctrl-C, and 256 rollouts spelled out twice took a quarter of the time of playing them.
+    """
+
+    groups: list[Group]
+    last_played: float
+    """When the last episode ended, before its verdict (`time.monotonic`, one clock for all processes)."""
+    last_judged: float
+    """When the last verdict was there."""
+
+
 @dataclass
 class Player:
-    """Plays the episodes of one environment on one sampler."""
+    """Plays the episodes of one environment on one engine, in this process."""
 
     environment: Environment
-    sampler: Sampler
+    sampler: Engine
     tokenizer: Tokenizer
     seed: int
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens drawn so far, also those of turns that an episode took back."""
+        return self.sampler.num_generated_tokens
+
+    @property
+    def memory_gib(self) -> float:
+        """Peak resident memory of this process."""
+        return peak_memory_gib()
+
+    def start(self) -> None:
+        """Get ready in the background for the first play; here there is nothing to do."""
 
     def play(
         self,
@@ -40,9 +71,19 @@ class Player:
         `address` (a step, say) names the randomness: with the seed, the place of a problem and of a
         sample it decides every token.
         """
-        return asyncio.run(self._play_all(problems, num_samples, sampling, address, advance))
+        numbered = list(enumerate(problems))
+        share = asyncio.run(self.play_share(numbered, num_samples, sampling, address, advance))
+        return share.groups, share.last_judged - share.last_played
 
-    async def _play_all(self, problems, num_samples, sampling, address, advance) -> tuple[list[Group], float]:
+    async def play_share(
+        self,
+        numbered: Sequence[tuple[int, Problem]],
+        num_samples: int,
+        sampling: Sampling,
+        address: tuple[int | str, ...],
+        advance: Advance | None = None,
+    ) -> Share:
+        """As `play`, for problems that come with their places in the whole request."""
         verifiers = ThreadPoolExecutor(NUM_VERIFIERS, thread_name_prefix="verify")
         last_played = time.monotonic()
 
@@ -62,7 +103,7 @@ class Player:
             async with asyncio.TaskGroup() as tasks:
                 waiting = [
                     [tasks.create_task(one(problem, g, s)) for s in range(num_samples)]
-                    for g, problem in enumerate(problems)
+                    for g, problem in numbered
                 ]
         except ExceptionGroup as several:
             # One cause stops everything (a prompt too long, a bug): report it, not a tree of siblings.
@@ -71,9 +112,9 @@ class Player:
             verifiers.shutdown(wait=False, cancel_futures=True)
         groups = [
             Group(problem, [task.result() for task in row])
-            for problem, row in zip(problems, waiting, strict=True)
+            for (_, problem), row in zip(numbered, waiting, strict=True)
         ]
-        return groups, time.monotonic() - last_played
+        return Share(groups, last_played, time.monotonic())
 
     async def _episode(
         self, problem: Problem, key: int, group: int, sample: int, sampling: Sampling
@@ -96,6 +137,12 @@ class Player:
         except Exception as error:  # a verifier that raises could not judge, which is not a wrong answer
             rollout.error = f"verifier: {type(error).__name__}: {error}"
             return Score(None, why=rollout.error)
+
+
+def peak_memory_gib() -> float:
+    """Largest resident set that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
 def measure(groups: Sequence[Group], highest_reward: float) -> Metrics:

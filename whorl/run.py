@@ -1,8 +1,6 @@
 """What one training run consists of, put together from its settings, and how it is kept and continued."""
 
 import os
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from whorl.learning.learner import Learner
 from whorl.model.config import PRESETS, ModelConfig
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
+from whorl.player_processes import PlayerProcesses
 from whorl.reporting.console import Progress, Silent
 from whorl.reporting.glossary import check_names
 from whorl.reporting.run_directory import RunDirectory
@@ -169,7 +168,6 @@ def open_run(
             f"{directory.path}/config.json has no {missing[0]!r}; was this run made by another version?"
         )
     settings = from_dict(settings_class(directory.config["settings_class"]), directory.config["settings"])
-    use_threads(settings)
     parts = _assemble(settings, directory)
     run = _run(settings, directory, parts, progress)
     checkpoints = directory.path / "checkpoints"
@@ -194,17 +192,23 @@ def new_curriculum(settings: Settings, environment: Environment) -> Curriculum:
     return make_curriculum(settings.curriculum, [part.num_problems("train") for part in parts], settings.seed)
 
 
-def use_threads(settings: Settings) -> None:
-    """Set torch's threads once, before the first operation."""
-    torch.set_num_threads(settings.threads or min(os.cpu_count() or 1, 4))
+def on_cuda(settings: Settings) -> bool:
+    return settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
 
 
-def memory_gib() -> float:
-    """Peak memory: the device's where there is one, else the resident set of this process."""
+def num_cores(settings: Settings) -> int:
+    """Cores that the run uses: those of the settings, or all that this process may use, at most 4."""
+    if on_cuda(settings):
+        return 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return settings.cores or min(allowed, 4)
+
+
+def memory_gib(player: Player) -> float:
+    """Peak memory: the device's where there is one, else the resident sets of the run's processes, added up."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+    return player.memory_gib
 
 
 def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[str, Any]:
@@ -212,6 +216,11 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
 
     The model of an existing run has the shape and the tokenizer that were recorded with it.
     """
+    if not on_cuda(settings):
+        # Further cores get processes and threads of our own. torch's threads wait for one another within every
+        # operation: spinning they fall many times behind one thread as soon as anything else runs on the
+        # machine, and sleeping they are slower than one on operations as small as a small model's.
+        torch.set_num_threads(1)
     environment = make(settings.environment)
     algorithm = settings.resolve_algorithm()
     source = Path(settings.model)
@@ -276,9 +285,8 @@ def _load_start(path: Path) -> tuple[Transformer, Tokenizer]:
 def _run(
     settings: Settings, directory: RunDirectory, parts: dict[str, Any], progress: Progress | None
 ) -> Run:
-    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     model, tokenizer, algorithm = parts["model"], parts["tokenizer"], parts["algorithm"]
-    model.to("cuda" if cuda else "cpu")
+    model.to("cuda" if on_cuda(settings) else "cpu")
     engine = Engine(
         model, stop_tokens=[tokenizer.end_id], decode_text=tokenizer.decode, max_running=settings.max_running
     )
@@ -288,6 +296,7 @@ def _run(
         temperature=settings.sampling.temperature,
         token_budget=settings.token_budget,
         value_head="value_old_N" in algorithm.needs,
+        num_threads=num_cores(settings),
     )
     return Run(
         settings=settings,
@@ -299,7 +308,9 @@ def _run(
         engine=engine,
         learner=learner,
         curriculum=parts["curriculum"],
-        player=Player(parts["environment"], engine, tokenizer, settings.seed),
+        player=PlayerProcesses(
+            parts["environment"], engine, tokenizer, settings.seed, cores=num_cores(settings)
+        ),
         progress=progress or Silent(),
     )
 

@@ -108,8 +108,8 @@ class Settings:
     """Where metrics go besides the run directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model lives; auto: on the GPU if there is one."""
-    threads: int = 0
-    """CPU threads of torch; 0: as many as cores, at most 4."""
+    cores: int = 0
+    """CPU cores to use: processes that play rollouts, threads that train. 0: all, at most 4. On a GPU always 1."""
     seed: int = 0
     """All randomness of the run: weights, problems' order, samples."""
 
@@ -127,6 +127,7 @@ class Settings:
         )
         for name in (*counts, "token_budget", "checkpoint_every_steps", "keep_checkpoints", "max_context"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
+        need(self.cores >= 0, f"cores must be at least 1, or 0 for all; got {self.cores}")
         need(
             self.updates_per_batch <= self.problems_per_step,
             f"updates_per_batch {self.updates_per_batch} exceeds problems_per_step {self.problems_per_step}; "

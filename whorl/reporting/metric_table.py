@@ -296,7 +296,8 @@ METRICS: tuple[Metric, ...] = (
         ("save_seconds", "s", "time to write checkpoint and rollouts", "small beside the step"),
         ("step_seconds", "s",
          "time of the whole step without evaluation and checkpoint", "steady, or growing with length"),
-        ("memory_gib", "GiB", "peak memory of the step: the device's, or the process's resident set on a CPU",
+        ("memory_gib", "GiB",
+         "peak memory of the step: the device's, or the resident sets of the run's processes on a CPU",
          "steady; growth is a leak"),
     ),
 )
