@@ -210,11 +210,12 @@ def compare(name: str, run: Run, num_rounds: int, trl_python: Path, table: Table
 
 def main(
     models: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(MODELS)}")] = tuple(MODELS),
+    prompts: tuple[int, ...] = (16, 256),
     cores: int = 2,
-    rounds: int = 3,
+    rounds: int = 2,
     steps: int = 5,
 ) -> None:
-    """Whorl and TRL side by side on this CPU."""
+    """Whorl and TRL side by side on this CPU, for each model and each length of prompts (in tokens)."""
     for name in models:
         if name not in MODELS:
             raise ValueError(f"unknown model {name!r}; expected one of {', '.join(MODELS)}")
@@ -227,8 +228,9 @@ def main(
         table.add_column(heading, justify="right")
     versions = ""
     for name in models:
-        run = Run(asdict(MODELS[name]), num_cores=cores, num_steps=steps)
-        versions = compare(name, run, rounds, trl_python, table)
+        for length in prompts:
+            run = Run(asdict(MODELS[name]), num_cores=cores, num_prompt_tokens=length, num_steps=steps)
+            versions = compare(f"{name}, {length}-token prompts", run, rounds, trl_python, table)
     console = Console(width=120)
     console.print(table)
     console.print(f"{versions}. Last row of a model: TRL's time over Whorl's, and Whorl's memory over TRL's.")

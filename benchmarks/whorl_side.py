@@ -45,7 +45,10 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     num_rollouts = run["num_prompts"] * run["group_size"]
     engine = Engine(model, max_running=num_rollouts)  # no stop tokens: every reply has its full length
     learner = Learner(
-        model, OptimizerSettings(run["learning_rate"], max_grad_norm=1.0), router_aux_coefficient=0.0
+        model,
+        OptimizerSettings(run["learning_rate"], max_grad_norm=1.0),
+        router_aux_coefficient=0.0,
+        num_threads=run["num_cores"],
     )
     # TRL divides by the tokens of the batch, the paper by those of a problem's group: the same at equal lengths.
     algorithm = with_settings("CISPO", ratio_max=run["ratio_max"], average="token_mean")

@@ -228,7 +228,6 @@ def test_an_exception_that_cannot_be_sent_arrives_as_its_text():
 @pytest.mark.parametrize(
     ("how", "told"), [("kill", "was ended by SIGKILL"), ("exit", "ended with exit code 3")]
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_process_that_dies_stops_the_play_and_says_how(how, told):
     player = make_player(Fatal(os.getpid(), how), 2)
     with pytest.raises(ChildProcessError, match=told):
