@@ -142,7 +142,7 @@ def python_of_trl() -> Path:
 def measure(python: Path | str, script: str, run: Run) -> Measured:
     """Run one side in a process of its own; RuntimeError with its last words if it fails."""
     # Passive waiting: a thread that spins at a barrier beside a busy neighbour costs tens of times its work.
-    environment = os.environ | {"OMP_NUM_THREADS": str(run.num_cores), "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(run.num_cores)}
     environment |= dict.fromkeys(OFFLINE, "1")
     command = [str(python), str(HERE / script), json.dumps(asdict(run))]
     with tempfile.TemporaryFile("w+") as errors:
