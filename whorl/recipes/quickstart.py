@@ -30,7 +30,7 @@ class Quickstart(Settings):
     environment: str = "chain_arithmetic"
     max_context: int = 64
     cold_start: ColdStart = field(
-        default_factory=lambda: ColdStart(max_updates=2000, until_accuracy=0.45, check_every_updates=10)
+        default_factory=lambda: ColdStart(max_updates=2000, until_accuracy=0.5, check_every_updates=10)
     )
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=40))
     # The bound of the catalogue's CISPO; normalised by the tokens of the batch, as most code does.
@@ -40,7 +40,7 @@ class Quickstart(Settings):
     optimizer: OptimizerSettings = field(
         default_factory=lambda: OptimizerSettings(1e-3, warmup_steps=5, schedule="linear", final_frac=0.05)
     )
-    num_steps: int = 50
+    num_steps: int = 100
     problems_per_step: int = 32
     rollouts_per_problem: int = 8
     max_redraws: int = 2
