@@ -96,13 +96,13 @@ class _Lightning(torch.autograd.Function):
         q5, k5, v5 = (x.to(dtype).view(S, H, J, block, K) for x in (q, k, v))
         scores = (q5 @ k5.transpose(-1, -2)).mul_(within[:, None])
         out = scores @ v5
-        states = []
+        incoming = None if state is None else state.to(dtype)
+        states: list[Tensor] = []
+        if J == 1 and not want_state:
+            states = [] if incoming is None else [incoming]  # nobody reads the state after the block
+        else:
+            states = _state_at_blocks(k5, v5, key, carry, incoming)
         if not single:
-            states = (
-                [state.to(dtype)]
-                if J == 1 and state is not None and not want_state
-                else _state_at_blocks(k5, v5, key, carry, None if state is None else state.to(dtype))
-            )
             out += (q5 * query) @ torch.stack(states[:J], dim=2)
         ctx.save_for_backward(q, k, v, slope, length_S, *states[:J])
         ctx.block, ctx.single, ctx.has_state = block, single, state is not None
