@@ -6,8 +6,8 @@ Each model is trained for a few steps by TRL's GRPOTrainer and by Whorl, in proc
 (TRL, Whorl, TRL, Whorl, ...), so that a machine that slows down slows both. Reported per model: generated
 tokens per second of a whole step (sample, decode, reward, advantages, update, new weights to the sampler), the
 part of it that is sampling, the CPU time of a step (user and system, all threads and processes; neighbours
-disturb it less) and the peak resident memory of the side's processes, added up. benchmarks/README.md says what is
-held equal.
+disturb it less) and the peak memory of the side's processes together (memory.py). benchmarks/README.md says what
+is held equal.
 
 TRL lives in its own environment, .venv-trl at the root of the checkout, which the first run builds (about a
 minute and 1.5 GB).
@@ -24,6 +24,7 @@ from statistics import median
 from typing import Annotated, Any
 
 import tyro
+from memory import PeakMemory
 from rich.console import Console
 from rich.table import Table
 
@@ -117,14 +118,8 @@ class Measured:
     cpu_seconds: list[float]
     num_parameters: int
     versions: dict[str, str]
-    peak_mib: float
-    """Of the process that was started."""
-    other_processes_mib: float = 0.0
-    """Of those that it started in turn, each one's peak."""
-
-    @property
-    def memory_mib(self) -> float:
-        return self.peak_mib + self.other_processes_mib
+    memory_mib: float
+    """Of all its processes at once."""
 
 
 def python_of_trl() -> Path:
@@ -148,15 +143,12 @@ def measure(python: Path | str, script: str, run: Run) -> Measured:
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
-        lines = process.stdout.read().splitlines()
-        # wait4 gives the peak memory of this child alone, by the same rule for both sides.
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
+        with PeakMemory(process.pid) as memory:
+            lines = process.stdout.read().splitlines()
+        if process.wait() != 0:
             errors.seek(0)
             raise RuntimeError(f"{script} failed ({process.returncode}):\n{errors.read()[-3000:]}")
-    peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Measured(**json.loads(lines[-1]), peak_mib=peak_bytes / 2**20)
+    return Measured(**json.loads(lines[-1]), memory_mib=memory.peak_mib)
 
 
 def compare(name: str, run: Run, num_rounds: int, trl_python: Path, table: Table) -> str:

@@ -22,7 +22,6 @@ from whorl.model.config import ModelConfig
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
 from whorl.player_processes import PlayerProcesses
-from whorl.rollouts import peak_memory_gib
 from whorl.sampling.draw import Sampling
 from whorl.sampling.engine import Engine
 
@@ -77,7 +76,6 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         "sampling_seconds": samplings[run["num_warmup_steps"] :],
         "cpu_seconds": cpu[run["num_warmup_steps"] :],
         "num_parameters": model.num_parameters,
-        "other_processes_mib": 1024 * (player.memory_gib - peak_memory_gib()),
         "versions": {"whorl": whorl.__version__, "torch": torch.__version__},
     }
 
