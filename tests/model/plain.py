@@ -51,7 +51,8 @@ def lightning_layer(x, w, config, layer, defects):
     if "no silu on the values" in defects:
         v = (x @ w["qkv_proj.weight"].T).reshape(-1, H, 3, K)[:, :, 2]
     # The package holds slopes in fp32, as the checkpoints do, so the oracle rounds them once too.
-    decay = np.exp(-head_slopes(H, layer, config.num_layers).astype(np.float32).astype(np.float64))
+    slope = head_slopes(H, 0 if "every layer decays as the first" in defects else layer, config.num_layers)
+    decay = np.exp(-slope.astype(np.float32).astype(np.float64))
     state, out = np.zeros((H, K, K)), []
     for t in range(len(x)):
         state = decay[:, None, None] * state + k[t][:, :, None] * v[t][:, None, :]

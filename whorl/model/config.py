@@ -171,7 +171,7 @@ class ModelConfig:
         if unknown:
             raise ValueError(f"model configuration: unknown settings {', '.join(unknown)}")
         # JSON knows no tuples.
-        given = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if isinstance(given.get("rope_scaling"), dict):
             given["rope_scaling"] = scaling_from_dict(given["rope_scaling"])
         return cls(**given)
