@@ -85,12 +85,15 @@ class Format:
         return found
 
     def shortfalls(self, config: ModelConfig) -> list[str]:
-        """Settings that would be others after writing and reading, as `name=value`."""
+        """Settings that would be others after writing and reading, as `name=value`.
+
+        As many as there are, where the family cannot even have a model of this shape.
+        """
         there = explicit(config)
         try:
             back = explicit(self.read(Keys(self.write(config), self.name)))
         except ValueError as error:
-            return [str(error)]
+            return [f"this shape ({error})"] * len(fields(config))
         changed = [f.name for f in fields(config) if getattr(there, f.name) != getattr(back, f.name)]
         return [f"{name}={getattr(config, name)!r}" for name in changed]
 

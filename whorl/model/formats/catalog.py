@@ -51,4 +51,4 @@ def check_fits(format: Format, config: ModelConfig) -> None:
     """ValueError that names the settings which the format has no place for."""
     lacks = format.shortfalls(config)
     if lacks:
-        raise ValueError(f"the format {format.name} has no place for {', '.join(lacks)}")
+        raise ValueError(f"the format {format.name} has no place for {', '.join(dict.fromkeys(lacks))}")

@@ -74,7 +74,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     """In the releases' spelling."""
     return _common(config, _RELEASE_FACTORS) | {
         "attn_type_list": [int(kind == "softmax") for kind in config.attention],
-        "postnorm": config.residual == "post",
+        "postnorm": True,
         "shared_intermediate_size": 0,
         "shared_moe_mode": "sigmoid",
     }
@@ -84,7 +84,7 @@ def _write_for_transformers(config: ModelConfig) -> dict[str, Any]:
     words = {"lightning": "linear_attention", "softmax": "full_attention"}
     return _common(config, _TRANSFORMERS_FACTORS) | {
         "layer_types": [words[kind] for kind in config.attention],
-        "postnorm": config.residual == "post",
+        "postnorm": True,
     }
 
 

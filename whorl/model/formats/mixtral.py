@@ -25,7 +25,8 @@ def read_experts(keys: Keys) -> dict[str, Any]:
 def write_experts(config: ModelConfig) -> dict[str, Any]:
     return {
         "num_experts_per_tok": config.experts_per_token,
-        "num_local_experts": config.num_experts,
+        # There is no 0 here: a dense model comes back as another one, and is refused for that.
+        "num_local_experts": config.num_experts or config.experts_per_token,
         "router_jitter_noise": 0.0,
     }
 

@@ -107,6 +107,13 @@ def save_pretrained(
     return format
 
 
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder's `config.json` is a model's (a run directory has one too)."""
+    if not (Path(folder) / CONFIG).is_file():
+        return False
+    return bool({"architectures", "model_type"} & read_settings(Path(folder)).keys())
+
+
 def folder_of(source: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a checkpoint: a path as it is, a hub name through the hub's cache.
 

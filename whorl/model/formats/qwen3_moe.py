@@ -36,7 +36,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "mlp_only_layers": list(config.dense_layers),
         "moe_intermediate_size": config.ffn_width,
         "norm_topk_prob": config.router_renormalised,
-        "num_experts": config.num_experts,
+        "num_experts": config.num_experts or config.experts_per_token,
         "num_experts_per_tok": config.experts_per_token,
         "use_sliding_window": False,
     }
