@@ -1,4 +1,4 @@
-"""The command line: whorl train | resume | evaluate | play | check | list | report."""
+"""The command line: whorl train | resume | evaluate | play | check | list | report | convert | model."""
 
 import inspect
 import sys
@@ -10,7 +10,7 @@ import rich.console
 import rich.markup
 from rich.table import Table
 
-COMMANDS = ("train", "resume", "evaluate", "play", "check", "list", "report")
+COMMANDS = ("train", "resume", "evaluate", "play", "check", "list", "report", "convert", "model")
 USAGE = """usage: whorl COMMAND ...
 
   train RECIPE [overrides]    start a run (whorl train quickstart; whorl train RECIPE --help)
@@ -20,6 +20,8 @@ USAGE = """usage: whorl COMMAND ...
   check [WHAT]                prove that a promise holds: sampler, gradients, or an environment
   list                        recipes, algorithms, environments, one line each
   report RUN                  write the run's report.html again
+  convert SOURCE TARGET       a checkpoint, of a run or of others, as a folder that transformers loads
+  model plan NAME             parameters and memory of a model, before it is made or loaded
 """
 
 
@@ -59,6 +61,8 @@ def _handlers() -> dict[str, Callable[[list[str]], int]]:
         "check": _check,
         "list": _list,
         "report": _report,
+        "convert": _convert,
+        "model": _model,
     }
 
 
@@ -305,6 +309,73 @@ def _report(words: list[str]) -> int:
         return 0
 
     return _parse(report, words, "report")
+
+
+def _convert(words: list[str]) -> int:
+    import tyro
+
+    def convert(
+        source: Annotated[str, tyro.conf.Positional],
+        target: Annotated[Path, tyro.conf.Positional],
+        format: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        checkpoint: int | None = None,
+    ) -> int:
+        """Write a checkpoint as a new folder in a layout that transformers loads.
+
+        Args:
+            source: a run directory, a checkpoint folder, or a name on the hub (owner/model).
+            target: the new folder.
+            format: minimax, minimax_m1, minimax_text_01, llama, qwen2, qwen3, mistral, mixtral or qwen3_moe; by
+                default the source's, or the one that has a place for all of a run's settings.
+            dtype: of the weights; by default the source's.
+            checkpoint: of a run, the step of the checkpoint; by default the newest.
+        """
+        import warnings
+
+        import torch
+
+        from whorl.convert import convert as write
+
+        precision = None if dtype is None else getattr(torch, dtype)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            written = write(source, target, format, precision, checkpoint)
+        for warning in said:
+            print(f"warning: {warning.message}", file=sys.stderr)
+        print(f"{target}: {written.architecture} ({written.name})")
+        return 0
+
+    return _parse(convert, words, "convert")
+
+
+def _model(words: list[str]) -> int:
+    import tyro
+
+    def model(
+        what: Annotated[Literal["plan"], tyro.conf.Positional],
+        name: Annotated[str, tyro.conf.Positional],
+        gpus: int = 1,
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    ) -> int:
+        """Parameters by part, what a token passes through, and memory of training and of a sequence's state.
+
+        Args:
+            what: plan.
+            name: a preset (m1-456b), a run directory, a checkpoint folder, or a name on the hub (owner/model).
+            gpus: ranks between which weights, gradients and optimizer state are split.
+            dtype: of weights, gradients, keys and values.
+        """
+        import torch
+
+        from whorl.model.plan import config_named, tables
+
+        console = rich.console.Console()
+        for table in tables(config_named(name), name, gpus, getattr(torch, dtype)):
+            console.print(table)
+        return 0
+
+    return _parse(model, words, "model")
 
 
 if __name__ == "__main__":

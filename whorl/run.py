@@ -18,6 +18,7 @@ from whorl.environments.several import Several
 from whorl.learning import checkpoint
 from whorl.learning.learner import Learner
 from whorl.model.config import PRESETS, ModelConfig
+from whorl.model.formats.pretrained import folder_of, is_checkpoint, load_pretrained
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
 from whorl.player_processes import PlayerProcesses
@@ -232,12 +233,14 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
         tokenizer = Tokenizer.byte_level() if alphabet is None else Tokenizer.characters(alphabet)
         preset = PRESETS[settings.model]
         model = Transformer(preset(tokenizer.vocab_size, settings.max_context)).initialise(settings.seed)
-    elif source.is_dir():
-        model, tokenizer = _load_start(source)
+    elif source.is_dir() and not is_checkpoint(source):
+        model, tokenizer = load_trained(source)
+    elif source.is_dir() or "/" in settings.model:
+        model, tokenizer = _load_foreign(settings.model, settings.max_context)
     else:
         raise ValueError(
-            f"unknown model {settings.model!r}; expected one of {', '.join(PRESETS)} or the path of a run "
-            "directory"
+            f"unknown model {settings.model!r}; expected one of {', '.join(PRESETS)}, a run directory, a "
+            "checkpoint folder, or a name on the hub (owner/model)"
         )
     model.checkpoint_activations = settings.checkpoint_activations
     check_prompts(environment, tokenizer, model.config.max_context)
@@ -269,17 +272,41 @@ def check_prompts(environment: Environment, tokenizer: Tokenizer, max_context: i
                 )
 
 
-def _load_start(path: Path) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of the newest checkpoint of a run directory."""
+def load_trained(path: Path, step: int | None = None) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a run directory at its newest checkpoint, or at that of `step`."""
     directory = RunDirectory.open(path)
-    newest = checkpoint.newest(path / "checkpoints")
-    if newest is None:
+    if step is not None and step not in directory.checkpoint_steps():
+        steps = ", ".join(map(str, directory.checkpoint_steps())) or "none"
+        raise ValueError(f"{path} has no checkpoint of step {step}; it has {steps}")
+    chosen = checkpoint.newest(path / "checkpoints") if step is None else directory.checkpoint(step)
+    if chosen is None:
         raise ValueError(f"{path} has no checkpoint to start from")
     model = Transformer(ModelConfig.from_dict(directory.config["model"]))
-    tensors, _ = checkpoint.load(newest)
+    tensors, _ = checkpoint.load(chosen)
     weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
+    if model.config.tied:
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
     model.load_state_dict(weights)
     return model, Tokenizer.load(path / "tokenizer.json")
+
+
+def _load_foreign(source: str, max_context: int) -> tuple[Transformer, Tokenizer]:
+    """Model, in fp32 and for sequences of at most `max_context` tokens, and tokenizer of a checkpoint folder.
+
+    The tokenizer comes first: it is small, and one that cannot be read ends the matter.
+    """
+    folder = folder_of(source)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{source} has no tokenizer.json, without which a run cannot read or write text")
+    tokenizer = Tokenizer.load(file)
+    model = load_pretrained(folder, torch.float32).model
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}"
+        )
+    model.config = replace(model.config, max_context=min(max_context, model.config.max_context))
+    return model, tokenizer
 
 
 def _run(

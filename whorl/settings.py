@@ -67,7 +67,8 @@ class Settings:
     """Task, as name[:argument][,setting=value]*: countdown,num_numbers=4 | reasoning_gym:chain_sum |
     data:problems.jsonl,prompt=question. `whorl list` shows the names."""
     model: str = "m1-nano"
-    """Preset (m1-nano, m1-small), or a run directory from whose newest checkpoint to start."""
+    """Preset (m1-nano, m1-small), a run directory from whose newest checkpoint to start, or a checkpoint
+    folder or hub name whose tokenizer Whorl can read."""
     max_context: int = 512
     """Longest sequence, prompt included, in tokens."""
     cold_start: ColdStart = field(default_factory=ColdStart)

@@ -28,9 +28,15 @@ def rms_norm(x, weight, eps):
 
 
 def head_slopes(num_heads, layer, num_layers):
-    """2^(-8 (h+1) / H) for a power of two (the only case here), times the factor of the depth."""
-    assert num_heads & (num_heads - 1) == 0
-    series = 2.0 ** (-8 * np.arange(1, num_heads + 1) / num_heads)
+    """2^(-8 (h+1) / H) for a power of two, times the factor of the depth.
+
+    Any other number of heads: those of the next smaller power of two, then every other one of the series
+    of twice as many (ALiBi, arXiv:2108.12409, as the checkpoints' own code has it).
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    series = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-8 * np.arange(1, 2 * power + 1, 2) / (2 * power))
+    series = np.concatenate([series, between[: num_heads - power]])
     return series * (1 - layer / max(num_layers - 1, 1) + 1e-5)
 
 
@@ -45,7 +51,8 @@ def lightning_layer(x, w, config, layer, defects):
     if "no silu on the values" in defects:
         v = (x @ w["qkv_proj.weight"].T).reshape(-1, H, 3, K)[:, :, 2]
     # The package holds slopes in fp32, as the checkpoints do, so the oracle rounds them once too.
-    decay = np.exp(-head_slopes(H, layer, config.num_layers).astype(np.float32).astype(np.float64))
+    slope = head_slopes(H, 0 if "every layer decays as the first" in defects else layer, config.num_layers)
+    decay = np.exp(-slope.astype(np.float32).astype(np.float64))
     state, out = np.zeros((H, K, K)), []
     for t in range(len(x)):
         state = decay[:, None, None] * state + k[t][:, :, None] * v[t][:, None, :]
@@ -65,12 +72,42 @@ def rotary(x, config, defects):
     if "rotary over the whole head" in defects:
         rotary_dim = config.head_dim
     half, turned = rotary_dim // 2, x.copy()
+    longer = 1.0
     for j in range(half):
         a, b = (2 * j, 2 * j + 1) if "interleaved rotary" in defects else (j, j + half)
-        angle = np.arange(len(x)) * config.rope_theta ** (-2 * j / rotary_dim)
-        turned[:, a] = x[:, a] * np.cos(angle) - x[:, b] * np.sin(angle)
-        turned[:, b] = x[:, b] * np.cos(angle) + x[:, a] * np.sin(angle)
+        frequency = config.rope_theta ** (-2 * j / rotary_dim)
+        if config.rope_scaling is not None and "rope scaling left out" not in defects:
+            frequency, longer = stretched(frequency, j, rotary_dim, config)
+        angle = np.arange(len(x)) * frequency
+        turned[:, a] = longer * (x[:, a] * np.cos(angle) - x[:, b] * np.sin(angle))
+        turned[:, b] = longer * (x[:, b] * np.cos(angle) + x[:, a] * np.sin(angle))
     return turned
+
+
+def stretched(frequency, j, rotary_dim, config):
+    """Frequency of pair j after rope scaling, and the factor on rotated queries and keys."""
+    scaling = config.rope_scaling
+    if scaling.kind == "linear":
+        return frequency / scaling.factor, 1.0
+    context, full_turn = scaling.original_context, 2 * np.pi
+    if scaling.kind == "llama3":
+        wavelength = full_turn / frequency
+        if wavelength < context / scaling.high_freq_factor:
+            return frequency, 1.0
+        if wavelength > context / scaling.low_freq_factor:
+            return frequency / scaling.factor, 1.0
+        smooth = context / wavelength - scaling.low_freq_factor
+        smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+        return (1 - smooth) * frequency / scaling.factor + smooth * frequency, 1.0
+
+    def pair_of(turns):
+        return rotary_dim * np.log(context / (turns * full_turn)) / (2 * np.log(config.rope_theta))
+
+    low = max(np.floor(pair_of(scaling.beta_fast)), 0)
+    high = min(np.ceil(pair_of(scaling.beta_slow)), rotary_dim - 1)
+    ramp = np.clip((j - low) / max(high - low, 1e-3), 0, 1)
+    longer = scaling.attention_factor or 0.1 * np.log(scaling.factor) + 1
+    return (1 - ramp) * frequency + ramp * frequency / scaling.factor, longer
 
 
 def softmax_layer(x, w, config, defects):
@@ -86,27 +123,33 @@ def softmax_layer(x, w, config, defects):
     if config.qk_norm:
         q = rms_norm(q, w["q_norm.weight"], config.norm_eps)
         k = rms_norm(k, w["k_norm.weight"], config.norm_eps)
-    future = np.triu(np.full((len(x), len(x)), -np.inf), 1)
+    distance = np.arange(len(x))[:, None] - np.arange(len(x))
+    unseen = distance < 0
+    if config.sliding_window is not None and "window left out" not in defects:
+        unseen = unseen | (distance >= config.sliding_window)
+    future = np.where(unseen, -np.inf, 0.0)
     heads = []
     for h in range(H):
         group = h % KV if "query heads dealt out in turn" in defects else h // (H // KV)
         query, key = rotary(q[:, h], config, defects), rotary(k[:, group], config, defects)
         heads.append(softmax(query @ key.T / np.sqrt(K) + future) @ v[:, group])
-    return np.concatenate(heads, axis=-1) @ w["o_proj.weight"].T
+    return np.concatenate(heads, axis=-1) @ w["o_proj.weight"].T + w.get("o_proj.bias", 0)
 
 
 def feed_forward(x, w, config, defects):
-    def swiglu(row, gate_up, down):
-        gate, up = np.split(gate_up @ row, 2)
-        return down @ (silu(gate) * up)
+    def swiglu(row, gate_up, down, bias=0, out_bias=0):
+        gate, up = np.split(gate_up @ row + bias, 2)
+        return down @ (silu(gate) * up) + out_bias
 
-    if not config.num_experts:
-        return np.stack([swiglu(row, w["gate_up.weight"], w["down.weight"]) for row in x])
+    if "gate_up.weight" in w:
+        dense = (w["gate_up.weight"], w["down.weight"], w.get("gate_up.bias", 0), w.get("down.bias", 0))
+        return np.stack([swiglu(row, *dense) for row in x])
     out = np.zeros_like(x)
     for t, row in enumerate(x):
         probs = softmax(w["gate.weight"] @ row)
         chosen = np.argsort(-probs)[: config.experts_per_token]
-        total = 1.0 if "router not renormalised" in defects else probs[chosen].sum()
+        renormalised = config.router_renormalised != ("router the other way" in defects)
+        total = probs[chosen].sum() if renormalised else 1.0
         for e in chosen:
             out[t] += probs[e] / total * swiglu(row, w["gate_up"][e], w["down"][e])
     return out
@@ -114,9 +157,12 @@ def feed_forward(x, w, config, defects):
 
 def log_probs(config: ModelConfig, weights: dict[str, np.ndarray], tokens, defects=()) -> np.ndarray:
     """Log-probabilities `[T, V]` of the next token after each token of one sequence."""
-    alpha = (2 * config.num_layers) ** 0.25 if config.alpha is None else config.alpha
+    alphas = (2 * config.num_layers) ** 0.25 if config.alpha is None else config.alpha
     if "alpha of the 80-layer model" in defects:
-        alpha = 3.5565588200778455
+        alphas = 3.5565588200778455
+    alphas, betas = np.broadcast_to(alphas, 3), np.broadcast_to(config.beta, 3)
+    if "factors of the other branches" in defects:
+        alphas, betas = np.roll(alphas, 1), np.roll(betas, 1)
     period = config.softmax_period
     x = weights["embed_tokens.weight"][np.asarray(tokens)]
     for layer in range(config.num_layers):
@@ -125,22 +171,31 @@ def log_probs(config: ModelConfig, weights: dict[str, np.ndarray], tokens, defec
         own = {name.removeprefix("self_attn."): w[name] for name in w if name.startswith("self_attn.")}
         ffn = {name.removeprefix("feed_forward."): w[name] for name in w if name.startswith("feed_forward.")}
 
-        def attend(y, layer=layer, own=own):
-            if period and (layer + 1) % period == 0:
+        is_softmax = bool(period) and (layer + 1) % period == 0
+        if config.attention_layers is not None:
+            is_softmax = config.attention_layers[layer] == "softmax"
+
+        def attend(y, layer=layer, own=own, is_softmax=is_softmax):
+            if is_softmax:
                 return softmax_layer(y, own, config, defects)
             return lightning_layer(y, own, config, layer, defects)
 
         def feed(y, ffn=ffn):
             return feed_forward(y, ffn, config, defects)
 
-        for name, function in (("input_layernorm", attend), ("post_attention_layernorm", feed)):
+        branches = (
+            ("input_layernorm", attend, 1 if is_softmax else 0),
+            ("post_attention_layernorm", feed, 2),
+        )
+        for name, function, branch in branches:
+            alpha, beta = alphas[branch], betas[branch]
             normed = rms_norm(x, w[f"{name}.weight"], config.norm_eps)
             if config.residual == "pre":
                 x = x + function(normed)
             elif "residual carries the raw value" in defects:
-                x = alpha * x + function(normed)
+                x = alpha * x + beta * function(normed)
             else:
-                x = alpha * normed + function(normed)
+                x = alpha * normed + beta * function(normed)
     hidden = rms_norm(x, weights["norm.weight"], config.norm_eps)
     logits = hidden @ weights["embed_tokens.weight" if config.tied else "lm_head.weight"].T
     logits = logits - logits.max(axis=-1, keepdims=True)

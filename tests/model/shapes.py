@@ -9,6 +9,7 @@ from torch import Tensor
 from whorl.data import cu_seqlens_of
 from whorl.model.config import ModelConfig
 from whorl.model.layout import Layout
+from whorl.model.rope import Llama3, Yarn
 from whorl.model.transformer import Transformer
 
 SMALL: dict[str, Any] = {
@@ -31,6 +32,11 @@ def small(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**SMALL, **changes})
 
 
+def _decoder(**changes: Any) -> ModelConfig:
+    """A pre-norm decoder of three softmax layers."""
+    return small(**{"residual": "pre", "softmax_period": 1, "num_layers": 3, "rotary_dim": None} | changes)
+
+
 CONFIGS = {
     "hybrid moe": small(num_experts=4),
     "hybrid dense": small(softmax_period=3),
@@ -49,6 +55,18 @@ CONFIGS = {
     ),
     "pre-norm hybrid": small(residual="pre", num_kv_heads=None, num_experts=4),
     "alpha of its own": small(alpha=1.5, num_layers=3, rotary_dim=0),
+    "factors by branch": small(
+        alpha=(1.5, 2.0, 2.5),
+        beta=(0.5, 0.75, 1.25),
+        attention_layers=("softmax", "lightning", "lightning", "softmax"),
+    ),
+    "six heads": small(num_heads=6, num_kv_heads=3),
+    "mistral with a window": _decoder(sliding_window=5),
+    "llama 3": _decoder(rope_scaling=Llama3(8.0, 40, 1.0, 4.0), out_bias=True, qkv_bias=True, ffn_bias=True),
+    "yarn": _decoder(rope_scaling=Yarn(4.0, 40), rotary_dim=8),
+    "qwen moe, one layer dense": _decoder(
+        num_experts=4, router_renormalised=False, dense_layers=(1,), dense_ffn_width=20, qk_norm=True
+    ),
 }
 
 

@@ -1,5 +1,7 @@
 """The shape of a model: what is refused, the order of layers, the presets and their sizes."""
 
+import json
+
 import pytest
 import torch
 
@@ -23,6 +25,10 @@ from whorl.model.transformer import Transformer
         ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token 5 of 4 experts"),
         ({"num_experts": 4, "experts_per_token": 0}, "experts_per_token 0 of 4 experts"),
         ({"num_experts": -1}, "num_experts"),
+        ({"attention_layers": ("softmax",)}, "for each of 4 layers"),
+        ({"sliding_window": 0}, "sliding_window must be at least 1"),
+        ({"dense_layers": (1,)}, "dense_layers without experts"),
+        ({"num_experts": 4, "dense_layers": (4,)}, r"dense_layers \[4\] of a model of 4 layers"),
     ],
 )
 def test_impossible_shapes_are_refused(change, message):
@@ -41,6 +47,7 @@ def test_an_unknown_residual_is_refused():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_survives_a_dictionary(name):
     assert ModelConfig.from_dict(CONFIGS[name].to_dict()) == CONFIGS[name]
+    assert ModelConfig.from_dict(json.loads(json.dumps(CONFIGS[name].to_dict()))) == CONFIGS[name]
 
 
 def test_unknown_settings_are_named():
@@ -57,9 +64,9 @@ def test_period_eight_is_seven_lightning_layers_and_one_softmax():
 
 def test_alpha_follows_the_models_own_depth():
     """(2 * 80)^(1/4) is MiniMax's 3.5565588200778455; (2 * 2)^(1/4) is the square root of 2."""
-    assert m1_456b().residual_alpha == pytest.approx(3.5565588200778455, rel=1e-15)
-    assert m1_nano().residual_alpha == pytest.approx(2**0.5)
-    assert CONFIGS["alpha of its own"].residual_alpha == 1.5
+    assert m1_456b().residual_factors("softmax") == (pytest.approx(3.5565588200778455, rel=1e-15), 1.0)
+    assert m1_nano().residual_factors("feed_forward") == (pytest.approx(2**0.5), 1.0)
+    assert CONFIGS["alpha of its own"].residual_factors("lightning") == (1.5, 1.0)
 
 
 def count(parameters) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from whorl.model.layout import Layout
+from whorl.model.layout import Layout, within
 
 
 def test_pad_and_unpad_by_hand():
@@ -40,3 +40,11 @@ def test_rows_of_equal_length_are_a_view():
 def test_an_empty_sequence_is_refused(offsets):
     with pytest.raises(ValueError, match="each with at least one token"):
         Layout(torch.tensor(offsets))
+
+
+def test_a_window_of_three_shows_the_query_itself_and_two_before():
+    assert within(torch.arange(4), 4, 3).int().tolist() == [
+        [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1],
+    ]  # fmt: skip
+    assert within(torch.tensor([5]), 7, 2).int().tolist() == [[0, 0, 0, 0, 1, 1, 0]]
+    assert within(torch.tensor([2]), 4, None).int().tolist() == [[1, 1, 1, 0]]

@@ -53,8 +53,13 @@ def test_log_probs_equal_the_equations(name, dtype):
         ("key rows not head-major", "hybrid moe"),
         ("no silu on the values", "hybrid moe"),
         ("norm per head", "hybrid moe"),
-        ("router not renormalised", "hybrid moe"),
+        ("router the other way", "hybrid moe"),
+        ("router the other way", "qwen moe, one layer dense"),
         ("interleaved rotary", "qwen"),
+        ("factors of the other branches", "factors by branch"),
+        ("window left out", "mistral with a window"),
+        ("rope scaling left out", "llama 3"),
+        ("rope scaling left out", "yarn"),
     ],
 )
 def test_control_a_known_mistake_is_seen(defect, name):

@@ -105,7 +105,7 @@ class Learner:
             self.set_reference()
         self.optimizer = Optimizer(self._parameters().items(), settings)
         self.version = 0
-        layers, experts = (model.config.num_layers, model.config.num_experts)
+        layers, experts = (len(model.config.expert_layers), model.config.num_experts)
         self._share_LE = torch.full((layers, experts), 1 / max(experts, 1), dtype=torch.float64)
         self._share_LE = self._share_LE.to(self.device)
         self._chosen_LE = torch.zeros(layers, experts, dtype=torch.int64, device=self.device)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from whorl.kernels.lightning import lightning, lightning_decode, slopes
 from whorl.model.config import ModelConfig
-from whorl.model.layout import Fork, Layout
+from whorl.model.layout import Fork, Layout, within
+from whorl.model.rope import inverse_frequencies
 from whorl.model.state import State
 
 
@@ -112,11 +113,14 @@ class LightningAttention(nn.Module):
 
 def rotation(config: ModelConfig, position_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin `[N, 1, rotary]` of the rotary embedding: angles in float64, rounded once to `dtype`."""
-    pairs = torch.arange(0, config.rotary, 2, device=position_N.device, dtype=torch.float64)
-    inverse = config.rope_theta ** (-pairs / max(config.rotary, 1))
+    scaling = config.rope_scaling
+    inverse = inverse_frequencies(config.rotary, config.rope_theta, scaling, position_N.device)
     angle = position_N[:, None].to(torch.float64) * inverse
     angle = torch.cat([angle, angle], dim=-1)[:, None, :]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    if scaling is not None and scaling.amplitude != 1:
+        cos, sin = cos * scaling.amplitude, sin * scaling.amplitude
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -135,17 +139,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SoftmaxAttention(nn.Module):
-    """Causal attention with grouped heads, partial rotary embedding, scale 1/sqrt(K)."""
+    """Causal attention with grouped heads, partial rotary embedding, scale 1/sqrt(K), and if configured a
+    window: a query sees itself and the `window - 1` tokens before it."""
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
-        self.index = index
+        self.index, self.window = index, config.sliding_window
         query, key = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.width, query, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.width, key, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.width, key, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query, config.width, bias=False)
+        self.o_proj = nn.Linear(query, config.width, bias=config.out_bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -171,8 +176,11 @@ class SoftmaxAttention(nn.Module):
         """Packed rows that begin at position 0: outputs `[N, H, K]`, and keys and values as padded rows."""
         q, k, v = (layout.pad(y).transpose(1, 2) for y in (q, k, v))
         # Padding stands at the end of a row, where no real token looks: causality is the only mask.
+        mask = None
+        if self.window is not None and layout.max_length > self.window:
+            mask = within(torch.arange(layout.max_length, device=q.device), layout.max_length, self.window)
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.num_heads
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.num_heads
         )
         return layout.unpad(out.transpose(1, 2)), k, v
 
@@ -186,7 +194,7 @@ class SoftmaxAttention(nn.Module):
             pad(q).transpose(1, 2),
             torch.cat([k_prefix[parent_R], pad(k).transpose(1, 2)], dim=2),
             torch.cat([v_prefix[parent_R], pad(v).transpose(1, 2)], dim=2),
-            attn_mask=fork.seen,
+            attn_mask=fork.seen if self.window is None else fork.seen & fork.near(self.window),
             enable_gqa=self.kv_heads != self.num_heads,
         )
         return torch.cat([out_prefix, fork.rests.unpad(out.transpose(1, 2))])
@@ -201,7 +209,7 @@ class SoftmaxAttention(nn.Module):
         keys[row, :, step.start_S] = k
         values[row, :, step.start_S] = v
         limit = step.key_limit
-        seen = torch.arange(limit, device=q.device) <= step.start_S[:, None]
+        seen = within(step.start_S, limit, self.window)
         # The query heads of a group are rows of one small product: the cache is never expanded.
         q = q.view(S, self.kv_heads, H // self.kv_heads, K)
         scores = q @ keys[:S, :, :limit].transpose(-1, -2) * K**-0.5
@@ -221,10 +229,8 @@ class SoftmaxAttention(nn.Module):
         keys[slot_N, :, place_N] = k
         values[slot_N, :, place_N] = v
         limit = step.key_limit
-        # Key j is seen by the query at offset i of its row if j <= start + i.
         offset = torch.arange(layout.max_length, device=q.device)
-        last_ST = step.start_S[:, None] + offset
-        seen = torch.arange(limit, device=q.device) <= last_ST[:, :, None]
+        seen = within(step.start_S[:, None] + offset, limit, self.window)
         out = F.scaled_dot_product_attention(
             layout.pad(q).transpose(1, 2), keys[slots, :, :limit], values[slots, :, :limit],
             attn_mask=seen[:, None], enable_gqa=self.kv_heads != self.num_heads,

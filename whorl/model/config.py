@@ -3,7 +3,12 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from whorl.model.rope import RopeScaling, scaling_from_dict
+
 Attention = Literal["lightning", "softmax"]
+Branch = Literal["lightning", "softmax", "feed_forward"]
+"""What a residual connection joins."""
+_BRANCHES: tuple[Branch, ...] = ("lightning", "softmax", "feed_forward")
 
 
 @dataclass(frozen=True)
@@ -24,21 +29,40 @@ class ModelConfig:
     """Key/value heads of the softmax layers; None: `num_heads` of them. Lightning layers have no groups."""
     softmax_period: int = 8
     """Every so many layers one is softmax, the others lightning (M1: 8). 1: all softmax; 0: all lightning."""
+    attention_layers: tuple[Attention, ...] | None = None
+    """Kind of each layer, where no period gives it; None: by `softmax_period`."""
+    sliding_window: int | None = None
+    """Softmax layers see this many tokens back, the own one included; None: all (Mistral 7B v0.1: 4096)."""
     num_experts: int = 0
     """0: one dense feed-forward layer."""
     experts_per_token: int = 2
+    router_renormalised: bool = True
+    """Weights of the chosen experts sum to 1. False: they keep their share among all (some Qwen3-MoE)."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers of a mixture-of-experts model that have one dense feed-forward layer instead (Qwen3-MoE)."""
+    dense_ffn_width: int | None = None
+    """Width of those; None: `ffn_width`, which is that of an expert."""
     residual: Literal["post", "pre"] = "post"
-    """post: x = norm(x); x = alpha x + f(x), so the residual carries the normalised value.
+    """post: x = norm(x); x = alpha x + beta f(x), so the residual carries the normalised value.
     pre: x = x + f(norm(x))."""
-    alpha: float | None = None
-    """Residual factor of the post-norm form; None: DeepNorm's (2 num_layers)^(1/4), of its own depth."""
+    alpha: float | tuple[float, float, float] | None = None
+    """Residual factor of the post-norm form, one for all or one each for lightning attention, softmax
+    attention and feed-forward; None: DeepNorm's (2 num_layers)^(1/4), of its own depth."""
+    beta: float | tuple[float, float, float] = 1.0
+    """Factor of the branch, as `alpha`. Not DeepNorm's beta, which is a gain of the initialisation."""
     rotary_dim: int | None = None
     """Leading dimensions of each softmax head that are rotated; None: all. M1: 64 of 128."""
     rope_theta: float = 10_000_000.0
+    rope_scaling: RopeScaling | None = None
+    """How frequencies are stretched beyond the context of pretraining (Llama 3.1, YaRN)."""
     qk_norm: bool = False
     """RMSNorm over each head's query and key in softmax layers (Qwen3)."""
     qkv_bias: bool = False
     """Biases of the query, key and value projections in softmax layers (Qwen2)."""
+    out_bias: bool = False
+    """Bias of the output projection in softmax layers (Llama layout with `attention_bias`)."""
+    ffn_bias: bool = False
+    """Biases of dense feed-forward layers (Llama layout with `mlp_bias`)."""
     tied: bool = False
     """Head shares the embedding's weights."""
     norm_eps: float = 1e-5
@@ -70,6 +94,15 @@ class ModelConfig:
             self.num_heads % self.kv_heads == 0, f"{self.num_heads} heads do not divide into {self.kv_heads}"
         )
         need(self.softmax_period >= 0, f"softmax_period must be 0 or more; got {self.softmax_period}")
+        kinds = self.attention_layers
+        need(
+            kinds is None or (len(kinds) == self.num_layers and set(kinds) <= {"lightning", "softmax"}),
+            f"attention_layers needs 'lightning' or 'softmax' for each of {self.num_layers} layers; got {kinds}",
+        )
+        need(
+            self.sliding_window is None or self.sliding_window >= 1,
+            f"sliding_window must be at least 1 token, or None; got {self.sliding_window}",
+        )
         need(self.residual in ("post", "pre"), f"residual is 'post' or 'pre'; got {self.residual!r}")
         rotary = self.rotary
         need(rotary % 2 == 0 and 0 <= rotary <= self.head_dim, f"rotary_dim {rotary}: even, at most head_dim")
@@ -85,6 +118,9 @@ class ModelConfig:
                 "with experts, width and ffn_width must be multiples of 8; "
                 f"got {self.width} and {self.ffn_width}",
             )
+        outside = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
+        need(not outside, f"dense_layers {outside} of a model of {self.num_layers} layers")
+        need(self.num_experts > 0 or not self.dense_layers, "dense_layers without experts are all layers")
 
     @property
     def kv_heads(self) -> int:
@@ -94,13 +130,32 @@ class ModelConfig:
     def rotary(self) -> int:
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
+    def residual_factors(self, branch: Branch) -> tuple[float, float]:
+        """alpha and beta of the post-norm residual around one kind of branch."""
+        alpha = (2 * self.num_layers) ** 0.25 if self.alpha is None else self.alpha
+        index = _BRANCHES.index(branch)
+        return (
+            alpha[index] if isinstance(alpha, tuple) else alpha,
+            self.beta[index] if isinstance(self.beta, tuple) else self.beta,
+        )
+
     @property
-    def residual_alpha(self) -> float:
-        return (2 * self.num_layers) ** 0.25 if self.alpha is None else self.alpha
+    def expert_layers(self) -> tuple[int, ...]:
+        """Layers with experts."""
+        if not self.num_experts:
+            return ()
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.dense_layers)
+
+    @property
+    def dense_width(self) -> int:
+        """Width of a dense feed-forward layer."""
+        return self.dense_ffn_width or self.ffn_width
 
     @property
     def attention(self) -> tuple[Attention, ...]:
         """Kind of attention of each layer. Period 8: seven lightning layers, then a softmax layer."""
+        if self.attention_layers is not None:
+            return self.attention_layers
         period = self.softmax_period
         return tuple(
             "softmax" if period and layer % period == period - 1 else "lightning"
@@ -115,7 +170,11 @@ class ModelConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"model configuration: unknown settings {', '.join(unknown)}")
-        return cls(**values)
+        # JSON knows no tuples.
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if isinstance(given.get("rope_scaling"), dict):
+            given["rope_scaling"] = scaling_from_dict(given["rope_scaling"])
+        return cls(**given)
 
 
 def m1_nano(vocab_size: int = 256, max_context: int = 1024) -> ModelConfig:

@@ -28,15 +28,16 @@ class DenseFeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * config.ffn_width, bias=False)
-        self.down = nn.Linear(config.ffn_width, config.width, bias=False)
+        width, bias = config.dense_width, config.ffn_bias
+        self.gate_up = nn.Linear(config.width, 2 * width, bias=bias)
+        self.down = nn.Linear(width, config.width, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return self.down(swiglu(self.gate_up(x))), None
 
 
 class Experts(nn.Module):
-    """Softmax over all experts in fp32, the top k renormalised to sum 1, no token dropped.
+    """Softmax over all experts in fp32, the top k renormalised to sum 1 (if configured), no token dropped.
 
     Renormalising the k chosen probabilities equals MiniMax-01's softmax over the k chosen logits
     (arXiv:2501.08313 Eq. 1-2). Tokens are sorted by expert and multiplied in groups, so the cost is that of
@@ -46,6 +47,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.num_experts, self.k = config.num_experts, config.experts_per_token
+        self.renormalised = config.router_renormalised
         E, D, ffn = config.num_experts, config.width, config.ffn_width
         self.gate = nn.Linear(D, E, bias=False)
         self.gate_up = nn.Parameter(torch.empty(E, 2 * ffn, D))
@@ -57,7 +59,7 @@ class Experts(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         probs_NE = F.linear(x.to(wide), self.gate.weight.to(wide)).softmax(dim=-1)
         top, chosen = probs_NE.topk(k, dim=-1)
-        weight = (top / top.sum(dim=-1, keepdim=True)).to(x.dtype)
+        weight = (top / top.sum(dim=-1, keepdim=True) if self.renormalised else top).to(x.dtype)
         expert, order = chosen.flatten().sort(stable=True)
         ends = torch.bincount(expert, minlength=self.num_experts).cumsum(0).to(torch.int32)
         rows = _grouped(x[order // k], self.gate_up, ends)

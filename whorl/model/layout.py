@@ -114,6 +114,31 @@ class Fork:
         R = len(length_R)
         return torch.cat([prefix[:, None].expand(R, T, -1), own.expand(R, T, T)], dim=-1)[:, None]
 
+    def near(self, window: int) -> Tensor:
+        """As `seen`, but only by distance: keys fewer than `window` tokens before the query."""
+        T, device = self.rests.max_length, self.parent_R.device
+        own = torch.arange(T, device=device)
+        length_R = self.prefixes.length_S[self.parent_R]
+        query_RT = length_R[:, None] + own
+        key_RM = torch.cat(
+            [
+                torch.arange(self.prefixes.max_length, device=device).expand(len(length_R), -1),
+                length_R[:, None] + own,
+            ],
+            dim=-1,
+        )
+        return (query_RT[:, :, None] - key_RM[:, None, :] < window)[:, None]
+
+
+def within(query: Tensor, num_keys: int, window: int | None) -> Tensor:
+    """Which of the keys 0, 1, ... a query at each of these positions sees, bool `[..., num_keys]`.
+
+    Itself and what is before it, as far as the window reaches: key j if query - window < j <= query.
+    """
+    key = torch.arange(num_keys, device=query.device)
+    seen = key <= query[..., None]
+    return seen if window is None else seen & (key > query[..., None] - window)
+
 
 def _offsets(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

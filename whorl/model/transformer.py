@@ -25,7 +25,7 @@ class Hidden:
 class Block(nn.Module):
     """Attention then feed-forward.
 
-    post: x = norm(x); x = alpha x + f(x)   twice. The residual stream carries the *normalised* value
+    post: x = norm(x); x = alpha x + beta f(x)   twice. The residual stream carries the *normalised* value
     scaled by alpha, as the MiniMax checkpoints compute it (`postnorm`).
     pre:  x = x + f(norm(x))   twice.
     """
@@ -40,17 +40,22 @@ class Block(nn.Module):
             self.self_attn = LightningAttention(config, layer, index)
         else:
             self.self_attn = SoftmaxAttention(config, index)
-        self.feed_forward = Experts(config) if config.num_experts else DenseFeedForward(config)
+        self.feed_forward = Experts(config) if layer in config.expert_layers else DenseFeedForward(config)
         self.post = config.residual == "post"
-        self.alpha = config.residual_alpha
+        self.attention_factors = config.residual_factors(kind)
+        self.feed_forward_factors = config.residual_factors("feed_forward")
 
     def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Routing | None]:
         normed = self.input_layernorm(x)
         attended = self.self_attn(normed, step)
-        x = torch.add(attended, normed, alpha=self.alpha) if self.post else x + attended
+        x = _joined(normed, attended, *self.attention_factors) if self.post else x + attended
         normed = self.post_attention_layernorm(x)
         fed, routing = self.feed_forward(normed)
-        return (torch.add(fed, normed, alpha=self.alpha) if self.post else x + fed), routing
+        return (_joined(normed, fed, *self.feed_forward_factors) if self.post else x + fed), routing
+
+
+def _joined(normed: Tensor, branch: Tensor, alpha: float, beta: float) -> Tensor:
+    return torch.add(branch if beta == 1 else beta * branch, normed, alpha=alpha)
 
 
 class Transformer(nn.Module):

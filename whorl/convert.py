@@ -1,0 +1,67 @@
+"""`whorl convert`: a checkpoint, of others or of a run, as a folder that transformers loads."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from whorl.model.formats.base import Format
+from whorl.model.formats.catalog import format_named
+from whorl.model.formats.pretrained import (
+    CONFIG,
+    GENERATION,
+    is_checkpoint,
+    load_pretrained,
+    save_pretrained,
+)
+from whorl.model.tokenizer import SPECIAL_TOKENS, Tokenizer
+from whorl.run import load_trained
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""`Tokenizer.render` in the language of chat templates."""
+
+
+def convert(
+    source: str,
+    target: Path,
+    format: str | None = None,
+    dtype: torch.dtype | None = None,
+    step: int | None = None,
+) -> Format:
+    """Write `source` as the new folder `target` and return the format it has there.
+
+    `source` is a run directory (its newest checkpoint, or that of `step`), a checkpoint folder or a name on
+    the hub. `format` None keeps the source's, or takes the first that holds a run's model; `dtype` None
+    keeps the source's (fp32 of a run). ValueError names the settings for which a format has no place.
+    """
+    chosen = None if format is None else format_named(format)
+    if is_checkpoint(source) or not Path(source).is_dir():
+        if step is not None:
+            raise ValueError(f"{source} is not a run directory, so it has no checkpoint of step {step}")
+        loaded = load_pretrained(source, dtype)
+        return save_pretrained(target, loaded.model, chosen or loaded.format, beside=loaded.folder)
+    model, tokenizer = load_trained(Path(source), step)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_tokenizer(Path(folder), tokenizer, model.config.max_context)
+        return save_pretrained(target, model.to(dtype or torch.float32), chosen, beside=Path(folder))
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_context: int) -> None:
+    """A run's tokenizer with what transformers needs to know of it."""
+    pad, end = SPECIAL_TOKENS[:2]
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": end,
+        "model_max_length": max_context,
+        "pad_token": pad,
+    }
+    tokenizer.save(folder / "tokenizer.json")
+    for name, content in {CONFIG: ids, GENERATION: ids, "tokenizer_config.json": about}.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
