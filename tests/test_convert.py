@@ -13,7 +13,8 @@ from whorl.cli import main
 from whorl.data import Message
 from whorl.loop import train
 from whorl.model.formats.pretrained import load_pretrained
-from whorl.run import load_trained, start_run
+from whorl.origin import load_trained
+from whorl.run import start_run
 
 
 @pytest.fixture(scope="module")

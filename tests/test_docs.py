@@ -132,7 +132,7 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         if settings is not None:
             environments.make(settings.environment)
         return
-    if command == "check" and concrete and not rest[0].startswith("-"):
+    if command == "check" and concrete and not rest[0].startswith("-") and rest[0] not in cli.PROMISES:
         environments.make(rest[0])
     known = flags_of("train", "quickstart") if command == "train" else flags_of(command)
     for flag in (word.partition("=")[0] for word in rest if word.startswith("--")):

@@ -1,8 +1,13 @@
 """The command line: whorl train | resume | evaluate | play | check | list | report | convert | model."""
 
+import contextlib
 import inspect
+import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,13 +16,15 @@ import rich.markup
 from rich.table import Table
 
 COMMANDS = ("train", "resume", "evaluate", "play", "check", "list", "report", "convert", "model")
+PROMISES = ("sampler", "gradients", "resume")
+"""What `whorl check` proves besides environments."""
 USAGE = """usage: whorl COMMAND ...
 
   train RECIPE [overrides]    start a run (whorl train quickstart; whorl train RECIPE --help)
   resume RUN                  go on with a run from its newest checkpoint
   evaluate RUN                accuracy of a checkpoint on held-out problems, with intervals
   play RUN                    talk to a checkpoint and see the verdicts
-  check [WHAT]                prove that a promise holds: sampler, gradients, or an environment
+  check [WHAT]                prove that a promise holds: sampler, gradients, resume, or an environment
   list                        recipes, algorithms, environments, one line each
   report RUN                  write the run's report.html again
   convert SOURCE TARGET       a checkpoint, of a run or of others, as a folder that transformers loads
@@ -40,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise ValueError(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
-        return _handlers()[command](rest)
+        with _plain_warnings():
+            return _handlers()[command](rest)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,8 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; `whorl resume RUN` goes on from the newest checkpoint", file=sys.stderr)
+        print("\ninterrupted; `whorl resume RUN` goes on with a run that was made", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """What the user should know is one line, without the place in our code that noticed it."""
+    usual = warnings.formatwarning
+
+    def plain(message, category, *place, **more) -> str:
+        own = issubclass(category, UserWarning)
+        return f"warning: {message}\n" if own else usual(message, category, *place, **more)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _handlers() -> dict[str, Callable[[list[str]], int]]:
@@ -119,26 +143,43 @@ def _resume(words: list[str]) -> int:
         opened.progress = Console(opened.settings.num_steps)
         if opened.warm and opened.step >= opened.settings.num_steps:
             print(f"{run} is finished: step {opened.step} of {opened.settings.num_steps}")
-            return 0
+            return _conclude(opened, None)  # again, as it may have been killed before or while it did
         return _carry_on(opened)
 
     return _parse(resume, words, "resume")
 
 
 def _carry_on(run) -> int:
-    """Train to the end, summarise, write the report."""
+    """Train to the end or until asked to stop, summarise, write the report."""
     from whorl.loop import train
-    from whorl.reporting.report import build_report
     from whorl.run import open_tracker
-    from whorl.summary import summarise
 
     run.tracker = open_tracker(run)
     print(f"run directory: {run.directory.path}", flush=True)
-    with run.progress:
-        reason = train(run)
-        summarise(run)
+    try:
+        with _stoppable(run), run.progress:
+            reason = train(run)
+    except KeyboardInterrupt as interrupt:
+        at = "its beginning" if run.saved_step is None else f"step {run.saved_step}"
+        command = f"whorl resume {shlex.quote(str(run.directory.path))}"
+        print(f"interrupted; `{command}` goes on from {at}", file=sys.stderr, flush=True)
+        if isinstance(interrupt, _AtOnce):
+            # A verifier that still works in a thread would be waited for. Whatever a kill may leave, this may.
+            os._exit(130)
+        return 130
+    finally:
+        run.player.close()
     if run.tracker is not None:
         run.tracker.finish()
+    return _conclude(run, reason)
+
+
+def _conclude(run, reason: str | None) -> int:
+    """What a run says at its end, on the terminal and as a page; `reason` if it stopped before its last step."""
+    from whorl.reporting.report import build_report
+    from whorl.summary import summarise
+
+    summarise(run)
     if reason:
         run.directory.stopped_early(reason)
     page = build_report(run.directory)
@@ -146,6 +187,29 @@ def _carry_on(run) -> int:
         print(f"stopped early: {reason}")
     print(f"run directory: {run.directory.path}\nreport: {page}")
     return 1 if reason else 0
+
+
+class _AtOnce(KeyboardInterrupt):
+    """The second request to stop."""
+
+
+@contextlib.contextmanager
+def _stoppable(run) -> Iterator[None]:
+    """Let Ctrl-C (SIGINT) or SIGTERM ask the run to stop after its step; the second one ends it where it is."""
+
+    def asked(number: int, frame: object) -> None:
+        if run.stopping:
+            raise _AtOnce
+        run.stopping = True
+        # Not by print or rich: a handler may have interrupted them in the middle of a line.
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _evaluate(words: list[str]) -> int:
@@ -219,16 +283,17 @@ def _check(words: list[str]) -> int:
 
     def check(what: Annotated[str | None, tyro.conf.Positional] = None, problems: int = 50) -> int:
         """Prove that a promise holds on this machine: `sampler` (its log-probs are the learner's), `gradients` (they
-        do not depend on how a batch is cut, nor on the number of ranks), or an environment (it accepts its own gold
-        answers, rejects babble with a reason, keeps its splits apart and has the chance level it states).
+        do not depend on how a batch is cut, nor on the number of ranks), `resume` (killed at any moment, a run goes
+        on to the same bits), or an environment (it accepts its own gold answers, rejects babble with a reason, keeps
+        its splits apart and has the chance level it states).
 
         Args:
-            what: sampler, gradients, or an environment's spec such as countdown,num_numbers=4; by default all
-                environments that need no argument.
+            what: sampler, gradients, resume, or an environment's spec such as countdown,num_numbers=4; by default
+                all environments that need no argument.
             problems: problems of each split to try, for environments.
         """
         console = rich.console.Console()
-        if what in ("sampler", "gradients"):
+        if what in PROMISES:
             return _check_promise(what, console)
         from whorl.checks.table import Row, table_of
         from whorl.environments.catalog import ENVIRONMENTS, make
@@ -259,6 +324,12 @@ def _check_promise(name: str, console: rich.console.Console) -> int:
         costs = precision_costs()
         rows = [*check_sampler(), row_of_costs(costs)]
         console.print(table_of_costs(costs))
+    elif name == "resume":
+        from whorl.checks.resume import check_resume
+        from whorl.reporting.console import Console
+
+        with Console() as progress:
+            rows = check_resume(progress)
     else:
         from whorl.checks.gradients import check_gradients
 

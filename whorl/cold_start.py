@@ -38,6 +38,8 @@ def cold_start(run: Run) -> None:
     num_tokens, accuracy = 0, 0.0
     with run.progress.phase("cold start", settings.max_updates) as advance:
         for update in range(1, settings.max_updates + 1):
+            if run.stopping:
+                raise KeyboardInterrupt
             batch = supervised_batch(_examples(run, order, update))
             metrics = learner.forward_backward(batch, SUPERVISED) | learner.optim_step()
             num_tokens += int(batch["trained_N"].sum())

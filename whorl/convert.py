@@ -16,7 +16,7 @@ from whorl.model.formats.pretrained import (
     save_pretrained,
 )
 from whorl.model.tokenizer import SPECIAL_TOKENS, Tokenizer
-from whorl.run import load_trained
+from whorl.origin import load_trained
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"

@@ -16,13 +16,18 @@ from whorl.run import Run, memory_gib
 
 
 def train(run: Run) -> str | None:
-    """Carry the run to its last step. Returns None, or the reason why it stopped before."""
+    """Carry the run to its last step. Returns None, or the reason why it stopped before.
+
+    KeyboardInterrupt if the run was asked to stop (`run.stopping`); it then goes on from its newest checkpoint.
+    """
     settings = run.settings
     run.player.start()
     if not run.warm:
         cold_start(run)
         begin(run)
     while run.step < settings.num_steps:
+        if run.stopping:
+            raise KeyboardInterrupt
         if reason := hopeless(run):
             return reason
         clock = Clock()
@@ -41,7 +46,7 @@ def train(run: Run) -> str | None:
             advantages = [column.numpy() for column in batch.unpack("advantage_N")]
             run.directory.write_rollouts(run.step, groups, advantages, run.tokenizer.token_text)
         run.log(metrics)
-        if due(run, settings.checkpoint_every_steps):
+        if run.stopping or due(run, settings.checkpoint_every_steps) or due_by_time(run):
             run.save()
     return None
 
@@ -56,18 +61,23 @@ def begin(run: Run) -> None:
 
 
 def evaluate(run: Run) -> Metrics:
-    """Accuracy on the held-out problems, sampled as in training; the rollouts are kept for the summary."""
+    """Accuracy on the held-out problems, sampled as in training; the rollouts are recorded."""
     chosen = run.settings.evaluation
     problems = run.held_out("test", chosen.num_problems)
     metrics, groups = evaluate_on(
         run.player, problems, chosen.samples_per_problem, run.settings.sampling, run.progress
     )
-    run.kept_rollouts["before" if run.step == 0 else "after"] = groups
+    run.directory.write_evaluation(run.step, groups)
     return metrics
 
 
 def due(run: Run, every: int) -> bool:
     return run.step == run.settings.num_steps or (every > 0 and run.step % every == 0)
+
+
+def due_by_time(run: Run) -> bool:
+    every_minutes = run.settings.checkpoint_every_minutes
+    return every_minutes > 0 and run.minutes_since_save >= every_minutes
 
 
 def sample_groups(run: Run, clock: "Clock") -> tuple[list[Group], Metrics]:

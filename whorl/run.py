@@ -1,6 +1,8 @@
 """What one training run consists of, put together from its settings, and how it is kept and continued."""
 
 import os
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,16 +13,15 @@ import torch
 from whorl.algorithms.algorithm import Algorithm
 from whorl.curricula.base import Curriculum, Pick
 from whorl.curricula.catalog import make_curriculum
-from whorl.data import Group, Problem
+from whorl.data import Problem
 from whorl.environments.base import Environment
 from whorl.environments.catalog import make
 from whorl.environments.several import Several
 from whorl.learning import checkpoint
 from whorl.learning.learner import Learner
-from whorl.model.config import PRESETS, ModelConfig
-from whorl.model.formats.pretrained import folder_of, is_checkpoint, load_pretrained
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
+from whorl.origin import origin_of
 from whorl.player_processes import PlayerProcesses
 from whorl.reporting.console import Progress, Silent
 from whorl.reporting.glossary import check_names
@@ -55,8 +56,12 @@ class Run:
     """Steps that are finished. 0 with `warm` True: the cold start is over."""
     warm: bool = False
     steps_without_signal: int = 0
-    kept_rollouts: dict[str, list[Group]] = field(default_factory=dict)
-    """Held-out rollouts of the first and the last evaluation, for the summary."""
+    saved_step: int | None = None
+    """Step of the newest checkpoint; None before the first."""
+    saved_at: float = field(default_factory=time.monotonic)
+    """When it was written, or when this process began to work on the run."""
+    stopping: bool = False
+    """Whether somebody asked for the run to stop. It does when a step is finished, with a checkpoint."""
 
     # -- problems --------------------------------------------------------------------------------------
 
@@ -117,7 +122,12 @@ class Run:
         }
         checkpoints = self.directory.path / "checkpoints"
         checkpoint.save(checkpoints, self.step, tensors, state)
-        checkpoint.prune(checkpoints, self.settings.keep_checkpoints)
+        checkpoint.prune(checkpoints, self.settings.keep_checkpoints, self.step)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    @property
+    def minutes_since_save(self) -> float:
+        return (time.monotonic() - self.saved_at) / 60
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint of this run."""
@@ -126,6 +136,7 @@ class Run:
             self.learner.set_reference()
         self.learner.load_state_dict(tensors, state["learner"])
         self.step, self.warm = state["step"], True
+        self.saved_step = self.step
         self.steps_without_signal = state["steps_without_signal"]
         self.curriculum.load_state_dict(state["curriculum"])
         self.engine.load(self.learner.weights(), self.learner.version)
@@ -146,29 +157,32 @@ def start_run(
 ) -> Run:
     """A new run in a new directory. ValueError for settings that cannot work, before anything is written."""
     run_parts = _assemble(settings)
-    kind = type(settings)
+    kind, tokenizer = type(settings), run_parts["tokenizer"]
     config = {"recipe": recipe, "settings_class": f"{kind.__module__}.{kind.__qualname__}"}
     config |= {"settings": settings.to_dict(), "model": run_parts["model"].config.to_dict()}
     config |= {"algorithm": {name: str(v) for name, v in run_parts["algorithm"].settings.items()}}
-    directory = RunDirectory.create(config, path)
-    run_parts["tokenizer"].save(directory.path / "tokenizer.json")
+    config |= {"tokenizer": tokenizer.fingerprint, "start": run_parts["start"]}
+    directory = RunDirectory.create(config, path, files={"tokenizer.json": tokenizer.to_json().encode()})
     return _run(settings, directory, run_parts, progress)
 
 
 def open_run(
     path: Path | str, progress: Progress | None = None, step: int | None = None, *, read_only: bool = False
 ) -> Run:
-    """An existing run at its newest (or the given) checkpoint; at its beginning if it has none.
+    """An existing run at its newest (or the given) checkpoint; at its beginning if it has none yet.
 
-    Unless `read_only`, what was logged after the checkpoint is forgotten, to be done again.
+    Unless `read_only`, no other process may be at work on it, and what was logged after the checkpoint is
+    forgotten, to be done again. ValueError if the run cannot go on, with nothing changed.
     """
     directory = RunDirectory.open(path)
+    if not read_only:
+        directory.lock()
     missing = [name for name in ("settings_class", "settings", "model") if name not in directory.config]
     if missing:
         raise ValueError(
             f"{directory.path}/config.json has no {missing[0]!r}; was this run made by another version?"
         )
-    settings = from_dict(settings_class(directory.config["settings_class"]), directory.config["settings"])
+    settings = _settings_of(directory)
     parts = _assemble(settings, directory)
     run = _run(settings, directory, parts, progress)
     checkpoints = directory.path / "checkpoints"
@@ -181,10 +195,37 @@ def open_run(
     elif read_only:
         raise ValueError(f"{directory.path} has no checkpoint yet")
     if not read_only:
-        directory.truncate_after(run.step if run.warm else -1)
-        if not run.warm:
-            directory.truncate_supervised_after(0)
+        _go_back(run)
     return run
+
+
+def _go_back(run: Run) -> None:
+    """Bring the run directory back to the state of the checkpoint, or to the run's beginning if it has none."""
+    directory = run.directory
+    last_row = max((row["step"] for row in directory.history()), default=-1)
+    if not run.warm and last_row > 0:
+        raise ValueError(
+            f"{directory.path} has logged {last_row} steps but has no checkpoint to go on from; nothing was "
+            "changed. Put one back, or start a new run"
+        )
+    if run.warm and last_row < run.step:
+        warnings.warn(
+            f"{directory.path}/metrics.jsonl lacks the rows of steps {last_row + 1} to {run.step}: the run goes "
+            "on from its checkpoint, but they are lost",
+            stacklevel=3,
+        )
+    checkpoint.remove_unfinished(directory.path / "checkpoints")
+    directory.truncate_after(run.step if run.warm else -1)
+    if not run.warm:
+        directory.truncate_supervised_after(0)
+
+
+def _settings_of(directory: RunDirectory) -> Settings:
+    kind, values = directory.config["settings_class"], directory.config["settings"]
+    try:
+        return from_dict(settings_class(kind), values)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"the settings in {directory.path}/config.json cannot be read: {error}") from error
 
 
 def new_curriculum(settings: Settings, environment: Environment) -> Curriculum:
@@ -224,24 +265,7 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
         torch.set_num_threads(1)
     environment = make(settings.environment)
     algorithm = settings.resolve_algorithm()
-    source = Path(settings.model)
-    if existing is not None and (settings.model in PRESETS or existing.checkpoint_steps()):
-        tokenizer = Tokenizer.load(existing.path / "tokenizer.json")
-        model = Transformer(ModelConfig.from_dict(existing.config["model"])).initialise(settings.seed)
-    elif settings.model in PRESETS:
-        alphabet = environment.alphabet
-        tokenizer = Tokenizer.byte_level() if alphabet is None else Tokenizer.characters(alphabet)
-        preset = PRESETS[settings.model]
-        model = Transformer(preset(tokenizer.vocab_size, settings.max_context)).initialise(settings.seed)
-    elif source.is_dir() and not is_checkpoint(source):
-        model, tokenizer = load_trained(source)
-    elif source.is_dir() or "/" in settings.model:
-        model, tokenizer = _load_foreign(settings.model, settings.max_context)
-    else:
-        raise ValueError(
-            f"unknown model {settings.model!r}; expected one of {', '.join(PRESETS)}, a run directory, a "
-            "checkpoint folder, or a name on the hub (owner/model)"
-        )
+    model, tokenizer, start = origin_of(settings, environment, existing)
     model.checkpoint_activations = settings.checkpoint_activations
     check_prompts(environment, tokenizer, model.config.max_context)
     return {
@@ -249,6 +273,7 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
         "tokenizer": tokenizer,
         "algorithm": algorithm,
         "model": model,
+        "start": start,
         "curriculum": new_curriculum(settings, environment),
     }
 
@@ -270,43 +295,6 @@ def check_prompts(environment: Environment, tokenizer: Tokenizer, max_context: i
                     f"the prompt of {problem.id} has {num_tokens} tokens, which leaves no room for an answer in the "
                     f"context of {max_context}; raise max_context or leave the problem out"
                 )
-
-
-def load_trained(path: Path, step: int | None = None) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a run directory at its newest checkpoint, or at that of `step`."""
-    directory = RunDirectory.open(path)
-    if step is not None and step not in directory.checkpoint_steps():
-        steps = ", ".join(map(str, directory.checkpoint_steps())) or "none"
-        raise ValueError(f"{path} has no checkpoint of step {step}; it has {steps}")
-    chosen = checkpoint.newest(path / "checkpoints") if step is None else directory.checkpoint(step)
-    if chosen is None:
-        raise ValueError(f"{path} has no checkpoint to start from")
-    model = Transformer(ModelConfig.from_dict(directory.config["model"]))
-    tensors, _ = checkpoint.load(chosen)
-    weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
-    if model.config.tied:
-        weights["lm_head.weight"] = weights["embed_tokens.weight"]
-    model.load_state_dict(weights)
-    return model, Tokenizer.load(path / "tokenizer.json")
-
-
-def _load_foreign(source: str, max_context: int) -> tuple[Transformer, Tokenizer]:
-    """Model, in fp32 and for sequences of at most `max_context` tokens, and tokenizer of a checkpoint folder.
-
-    The tokenizer comes first: it is small, and one that cannot be read ends the matter.
-    """
-    folder = folder_of(source)
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{source} has no tokenizer.json, without which a run cannot read or write text")
-    tokenizer = Tokenizer.load(file)
-    model = load_pretrained(folder, torch.float32).model
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}"
-        )
-    model.config = replace(model.config, max_context=min(max_context, model.config.max_context))
-    return model, tokenizer
 
 
 def _run(

@@ -96,7 +96,9 @@ class Settings:
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     checkpoint_every_steps: int = 10
-    """Steps between checkpoints; the start and the end are always kept."""
+    """Steps between checkpoints; the start and the end always get one."""
+    checkpoint_every_minutes: float = 30.0
+    """A checkpoint also whenever this time has passed since the last one, for long steps; 0: never."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
     rollouts_every_steps: int = 10
@@ -128,6 +130,10 @@ class Settings:
         )
         for name in (*counts, "token_budget", "checkpoint_every_steps", "keep_checkpoints", "max_context"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
+        need(
+            self.checkpoint_every_minutes >= 0,
+            f"checkpoint_every_minutes must not be negative; got {self.checkpoint_every_minutes}",
+        )
         need(self.cores >= 0, f"cores must be at least 1, or 0 for all; got {self.cores}")
         need(
             self.updates_per_batch <= self.problems_per_step,

@@ -1,11 +1,17 @@
 """What a run says at its end: before and after, with transcripts."""
 
-from whorl.data import Group, Rollout
+import warnings
+
+from whorl.data import Rollout
+from whorl.reporting.run_directory import RunDirectory
 from whorl.run import Run
 
 
 def summarise(run: Run) -> None:
-    """Show the first and the last evaluation side by side, and the same held-out problems answered by both."""
+    """Show the first and the last evaluation side by side, and the same held-out problems answered by both.
+
+    All of it is read from the run directory, so it is the same however often the run was resumed.
+    """
     rows = [row for row in run.directory.history() if row.get("eval_accuracy") is not None]
     if len(rows) < 2:
         return
@@ -21,17 +27,28 @@ def summarise(run: Run) -> None:
         (f"held-out pass@{k}", f"{before['eval_pass_at_k']:.1%}", f"{after['eval_pass_at_k']:.1%}"),
         ("response length, tokens", *(f"{row['eval_response_tokens']:.1f}" for row in (before, after))),
     ]
-    run.progress.before_after(table, _pairs(run.kept_rollouts))
+    run.progress.before_after(table, _pairs(run.directory, before["step"], after["step"]))
 
 
-def _pairs(kept: dict[str, list[Group]], num_problems: int = 2) -> list[tuple[str, Rollout]]:
-    """The first problems that were answered wrongly before, as answered before and after."""
-    if not {"before", "after"} <= set(kept):
+def _pairs(
+    directory: RunDirectory, before: int, after: int, num_problems: int = 2
+) -> list[tuple[str, Rollout]]:
+    """The first problems that were answered wrongly at step `before`, as answered then and at step `after`."""
+    try:
+        answers = [_first_answers(directory, step) for step in (before, after)]
+    except ValueError as error:  # the numbers are worth more than the examples
+        warnings.warn(f"no answers are shown: {error}", stacklevel=2)
         return []
-    pairs = list(zip(kept["before"], kept["after"], strict=True))
-    pairs.sort(key=lambda pair: pair[0].rollouts[0].reward or 0.0)  # stable: wrong ones first, in order
+    pairs = list(zip(*answers, strict=True))
+    pairs.sort(key=lambda pair: pair[0].reward or 0.0)  # stable: wrong ones first, in order
     return [
-        (label, group.rollouts[0])
+        (label, rollout)
         for pair in pairs[:num_problems]
-        for label, group in zip(("before", "after"), pair, strict=True)
+        for label, rollout in zip(("before", "after"), pair, strict=True)
     ]
+
+
+def _first_answers(directory: RunDirectory, step: int) -> list[Rollout]:
+    """The first of the samples of each held-out problem."""
+    stored = [one.rollout for one in directory.read_evaluation(step)]
+    return [rollout for rollout in stored if rollout.sample == 0]

@@ -60,6 +60,8 @@ def flip(path: Path) -> None:
         (lambda p: (p / "state.json").unlink(), "state.json is missing"),
         (lambda p: (p / "manifest.json").unlink(), "manifest.json cannot be read"),
         (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+        (lambda p: (p / "manifest.json").write_text('{"files": {}}'), "manifest.json cannot be read"),
+        (lambda p: (p / "manifest.json").write_text('{"files": []}'), "manifest.json cannot be read"),
     ],
 )
 def test_a_damaged_newest_is_reported_and_the_one_before_used(tmp_path, damage, message):
@@ -70,6 +72,27 @@ def test_a_damaged_newest_is_reported_and_the_one_before_used(tmp_path, damage, 
         assert newest(tmp_path) == good
     with pytest.raises(ValueError, match=message):
         load(bad)
+
+
+def test_where_all_are_damaged_none_is_taken_and_none_deleted(tmp_path):
+    for step in (1, 2):
+        flip(save(tmp_path, step, TENSORS, {}) / "state.json")
+    with (
+        pytest.warns(UserWarning, match="passed over"),
+        pytest.raises(ValueError, match="all checkpoints in"),
+    ):
+        newest(tmp_path)
+    assert names(tmp_path) == ["step_000001", "step_000002"]
+
+
+def test_a_later_checkpoint_that_was_passed_over_does_not_push_out_a_good_one(tmp_path):
+    """Of 10, 20 and a 30 with a flipped bit the run goes on from 20 and saves 25: 20 and 25 stay."""
+    for step in (10, 20, 30):
+        save(tmp_path, step, TENSORS, {})
+    flip(tmp_path / "step_000030" / "tensors.safetensors")
+    save(tmp_path, 25, TENSORS, {})
+    prune(tmp_path, keep=2, step=25)
+    assert names(tmp_path) == ["step_000020", "step_000025"]
 
 
 def test_leftovers_of_a_killed_writer_are_ignored_and_then_removed(tmp_path):
@@ -122,10 +145,10 @@ def test_pruning_keeps_the_newest_good_ones(tmp_path):
     for step in range(1, 6):
         save(tmp_path, step, TENSORS, {})
     os.truncate(tmp_path / "step_000005" / "tensors.safetensors", 10)
-    prune(tmp_path, keep=2)
+    prune(tmp_path, keep=2, step=5)
     assert names(tmp_path) == ["step_000003", "step_000004"]
     with pytest.raises(ValueError, match="keeps at least 1 checkpoint; got keep=0"):
-        prune(tmp_path, keep=0)
+        prune(tmp_path, keep=0, step=5)
 
 
 WRITER = """
@@ -137,7 +160,7 @@ while True:
     step += 1
     save(root, step, {"w": torch.full((400_000,), float(step))}, {"step": step})
     print(step, flush=True)
-    prune(root, keep=2)
+    prune(root, keep=2, step=step)
 """
 
 

@@ -62,6 +62,50 @@ def test_create_refuses_a_directory_with_anything_in_it(run: RunDirectory, tmp_p
         RunDirectory.create({}, tmp_path / "mine" / "thesis.tex")
 
 
+def test_a_run_killed_while_it_was_created_is_created_again(tmp_path: Path):
+    for folder in ("rollouts", "evaluations", "checkpoints"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+    for name in ("lock", "environment.json", "tokenizer.json.tmp", "config.json.tmp"):
+        (tmp_path / "run" / name).write_text("half")
+    with pytest.raises(ValueError, match=r"no config.json. A run killed before it had one is started again"):
+        RunDirectory.open(tmp_path / "run")
+    run = RunDirectory.create({"recipe": "demo"}, tmp_path / "run", files={"tokenizer.json": b"{}"})
+    assert run.config == {"recipe": "demo"}
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == b"{}"
+
+
+def test_leftovers_with_a_checkpoint_among_them_are_somebodys_work(tmp_path: Path):
+    (tmp_path / "run" / "checkpoints" / "step_000003").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is not empty"):
+        RunDirectory.create({"recipe": "demo"}, tmp_path / "run")
+
+
+HOLDER = """
+import sys
+from whorl.reporting.run_directory import RunDirectory
+run = RunDirectory.open(sys.argv[1])
+run.lock()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp_path: Path):
+    path = RunDirectory.create({"recipe": "demo"}, tmp_path / "run").path  # the lock goes with the object
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"another process .id {holder.pid}. is at work on the run"):
+            RunDirectory.open(path).lock()
+        assert RunDirectory.open(path).history() == []  # reading needs no lock
+        holder.kill()
+    first, second = RunDirectory.open(path), RunDirectory.open(path)
+    first.lock()
+    second.lock()  # one process may open a run twice
+
+
 def test_without_a_path_the_first_free_number_is_taken(tmp_path: Path):
     made = [RunDirectory.create({"recipe": "cispo"}, root=tmp_path / "runs") for _ in range(3)]
     assert [run.name for run in made] == ["cispo-1", "cispo-2", "cispo-3"]
@@ -82,9 +126,10 @@ def test_open_says_what_is_wrong(tmp_path: Path):
         RunDirectory.open(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"is not a run directory: it has no config.json"):
         RunDirectory.open(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not valid JSON"):
-        RunDirectory.open(tmp_path)
+    for content, message in (("{", "is not valid JSON"), ("[1]", "holds a list, not settings")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            RunDirectory.open(tmp_path)
 
 
 def test_rows_come_back_as_they_were_logged(run: RunDirectory):
@@ -234,6 +279,42 @@ def test_a_step_without_rollouts_can_be_written_and_a_missing_one_is_named(run: 
     assert run.read_rollouts(1) == []
     with pytest.raises(ValueError, match=r"has no rollouts of step 2; it has rollouts of steps 1 to 1"):
         run.read_rollouts(2)
+
+
+def test_held_out_rollouts_are_kept_beside_those_of_training(run: RunDirectory):
+    made, _ = groups()
+    for step in (0, 4):
+        run.write_evaluation(step, made)
+    assert [one.rollout.reward for one in run.read_evaluation(4)] == [1.0, 0.0, 1.0, None]
+    assert run.rollout_steps() == []
+    run.truncate_after(3)
+    with pytest.raises(ValueError, match="has no evaluations of step 4; it has evaluations of steps 0 to 0"):
+        run.read_evaluation(4)
+
+
+def test_a_truncated_file_of_rollouts_is_named(run: RunDirectory):
+    file = run.write_rollouts(1, groups()[0])
+    os.truncate(file, 200)
+    with pytest.raises(ValueError, match=r"step_000001.parquet is damaged"):
+        run.read_rollouts(1)
+
+
+@pytest.mark.parametrize("name", ["environment.json", "stopped.json"])
+def test_a_damaged_note_is_passed_over_with_a_warning(run: RunDirectory, name: str):
+    (run.path / name).write_bytes(b"\xff{")
+    with pytest.warns(UserWarning, match=f"{name} cannot be read and is passed over"):
+        assert not (run.machine if name == "environment.json" else run.stop_reason)
+
+
+def test_going_back_removes_what_was_half_written(run: RunDirectory):
+    for name in (
+        "metrics.jsonl.tmp",
+        "rollouts/step_000001.parquet.tmp",
+        "evaluations/step_000000.parquet.tmp",
+    ):
+        (run.path / name).write_bytes(b"half")
+    run.truncate_after(0)
+    assert not list(run.path.rglob("*.tmp"))
 
 
 def test_advantages_must_match_the_judged_rollouts(run: RunDirectory):

@@ -46,18 +46,24 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[st
         (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
 
     root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob("step_*.tmp"):
-        shutil.rmtree(stale)
+    remove_unfinished(root)
     target = root / f"step_{step:06d}"
     try:
         _replace_folder(target, fill)
     except (OSError, SafetensorError) as error:
-        last = newest(root)
-        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+        # By sizes alone: nothing that reads a whole checkpoint again stands between the user and this message.
+        good = [path for path in _by_step(root) if not damage_of(path, contents=False)]
+        kept = f"the last good checkpoint is {good[0]}" if good else "there is no earlier checkpoint"
         raise OSError(
             f"could not write checkpoint {target}: {error}; {kept}. Free space and resume"
         ) from error
     return target
+
+
+def remove_unfinished(root: Path) -> None:
+    """Delete what a killed process was still writing or already deleting."""
+    for left in root.glob("step_*.tmp"):
+        shutil.rmtree(left)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -69,25 +75,35 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def newest(root: Path) -> Path | None:
-    """The checkpoint of the highest step whose files are intact; None if there is none.
+    """The checkpoint of the highest step whose files are intact; None if there is no checkpoint at all.
 
-    Each damaged one that is passed over is reported with a warning.
+    Each damaged one that is passed over is reported with a warning. ValueError if there are only damaged ones.
     """
-    for path in _by_step(root):
+    found = _by_step(root)
+    for path in found:
         damage = damage_of(path)
         if not damage:
             return path
         warnings.warn(f"checkpoint {path} is damaged and passed over: {damage}", stacklevel=2)
+    if found:
+        raise ValueError(
+            f"all checkpoints in {root} are damaged, and nothing was changed. Put back a good copy of one, or "
+            "start a new run"
+        )
     return None
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints. Damaged ones do not count and are deleted too."""
+def prune(root: Path, keep: int, step: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to `step`, the one that was just written.
+
+    Damaged ones do not count and are deleted too. So are later ones: they were found to be damaged when the run
+    went on from an earlier one.
+    """
     if keep < 1:
         raise ValueError(f"prune keeps at least 1 checkpoint; got keep={keep}")
     for path in _by_step(root):
         # Sizes alone: this runs after every save, and a flipped bit is found when it is read.
-        if keep and not damage_of(path, contents=False):
+        if keep and _step_of(path) <= step and not damage_of(path, contents=False):
             keep -= 1
             continue
         # Renamed first, so that a process killed on the way leaves no half-deleted checkpoint.
@@ -103,16 +119,20 @@ def damage_of(path: Path, *, contents: bool = True) -> str:
     """
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
+        expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in (TENSORS, STATE)}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, written in files.items():
+        return f"{MANIFEST} cannot be read ({error!r})"
+    for name, (num_bytes, digest) in expected.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != written["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes; {written['bytes']} were written"
-        if contents and _fingerprint(file) != written:
-            return f"{name} has other contents than were written"
+        if file.stat().st_size != num_bytes:
+            return f"{name} has {file.stat().st_size} bytes; {num_bytes} were written"
+        try:
+            if contents and _fingerprint(file)["sha256"] != digest:
+                return f"{name} has other contents than were written"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
     return ""
 
 
@@ -216,7 +236,13 @@ def _fingerprint(path: Path) -> dict[str, int | str]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
+def _step_of(path: Path) -> int:
+    """The step of a finished checkpoint; -1 for any other path."""
+    match = STEP.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
 def _by_step(root: Path) -> list[Path]:
     """Finished checkpoints under `root`, highest step first."""
-    found = [(int(match[1]), p) for p in root.glob("step_*") if (match := STEP.fullmatch(p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in root.glob("step_*") if _step_of(path) >= 0]
+    return sorted(found, key=_step_of, reverse=True)

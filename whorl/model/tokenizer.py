@@ -116,11 +116,15 @@ class Tokenizer:
         vocabulary = json.dumps([self.kind, *self._text_tokens, *SPECIAL_TOKENS])
         return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
-    def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json of the `tokenizers` library, with the special tokens marked as such."""
+    def to_json(self) -> str:
+        """The text of a tokenizer.json of the `tokenizers` library, with the special tokens marked as such."""
         marked = tokenizers.Tokenizer.from_str(self._inner.to_str())
         marked.add_special_tokens(list(SPECIAL_TOKENS))
-        Path(path).write_text(marked.to_str(pretty=True), encoding="utf-8")
+        return marked.to_str(pretty=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,7 +265,11 @@ def _samples(run: RunDirectory) -> list[tuple[int, list[Sample]]]:
     chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
     samples = []
     for step in chosen:
-        stored = run.read_rollouts(step)
+        try:
+            stored = run.read_rollouts(step)
+        except ValueError as error:
+            warnings.warn(f"the report leaves out step {step}: {error}", stacklevel=2)
+            continue
         full_shade = largest_advantage(stored)
         samples.append((step, [prepare(label, one, full_shade) for label, one in choose(stored, step)]))
     return samples

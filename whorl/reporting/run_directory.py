@@ -1,13 +1,16 @@
 """The run directory: everything a run leaves behind, and the interface between the tools.
 
     config.json         the run's settings; its presence makes a directory a run directory
+    tokenizer.json      the policy's tokenizer
     environment.json    versions of Python and libraries, kind of machine (no host or user name)
     metrics.jsonl       one JSON object per step, in the order of steps
     supervised.jsonl    the same for updates of the supervised start, if there is one
     rollouts/step_000012.parquet    what was sampled in step 12 (columns: `rollout_table.py`)
+    evaluations/step_000010.parquet    held-out rollouts of the evaluation after step 10, in the same columns
     checkpoints/step_000012/        weights and state (written by `whorl.learning`)
     stopped.json        why the run ended before its last step, if it did
     report.html         the page that `whorl report` makes
+    lock                held by the process that writes the directory (`run_lock.py`)
 
 Files other than the two logs are written under a temporary name, fsynced and renamed, so that a name never
 stands for half a file. A log is appended to, one line and one fsync per row: a process killed while writing
@@ -21,7 +24,8 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,10 @@ import pyarrow.parquet as pq
 from whorl.data import Group
 from whorl.reporting.glossary import check_names
 from whorl.reporting.rollout_table import StoredRollout, from_table, to_table
+from whorl.reporting.run_lock import RunLock, lock
 
+FOLDERS = ("rollouts", "evaluations", "checkpoints")
+PARQUET = r"step_(\d+)\.parquet"
 RECORDED_PACKAGES = ("whorl", "torch", "numpy", "safetensors", "tokenizers", "triton", "transformers")
 
 
@@ -49,27 +56,38 @@ class RunDirectory:
         self.config = config
         self._metrics = RowLog(path / "metrics.jsonl", "step")
         self._supervised = RowLog(path / "supervised.jsonl", "update")
+        self._lock: RunLock | None = None
 
     @classmethod
     def create(
-        cls, config: Mapping[str, Any], path: Path | str | None = None, root: Path | str = "runs"
+        cls,
+        config: Mapping[str, Any],
+        path: Path | str | None = None,
+        root: Path | str = "runs",
+        files: Mapping[str, bytes] | None = None,
     ) -> "RunDirectory":
-        """A new run directory at `path`, or at the first free `root/<config["recipe"]>-<n>`.
+        """A new run directory at `path`, or at the first free `root/<config["recipe"]>-<n>`, locked.
 
-        Raises ValueError if `path` holds anything already, or if `config` cannot be written as JSON.
+        `files` are written beside config.json. ValueError if `path` holds anything already, but for what is left
+        of a run that was killed while it was created, or if `config` cannot be written as JSON.
         """
         text = _config_text(config)
+        content = {"environment.json": _json_bytes(describe_machine()), **(files or {})}
         directory = _next_free(Path(root), config) if path is None else Path(path)
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.exists() and not _may_be_created(directory, content.keys()):
             what = "already holds a run; `whorl resume` continues it" if is_run(directory) else "is not empty"
             raise ValueError(f"{directory} {what}. Give the path of a new directory")
         with _explained(directory):
-            (directory / "rollouts").mkdir(parents=True, exist_ok=True)
-            (directory / "checkpoints").mkdir(exist_ok=True)
-        write_atomically(directory / "environment.json", _json_bytes(describe_machine()))
+            for folder in FOLDERS:
+                (directory / folder).mkdir(parents=True, exist_ok=True)
+            locked = lock(directory)
+        for name, data in content.items():
+            write_atomically(directory / name, data)
         # Last, because it is what makes the directory a run.
         write_atomically(directory / "config.json", text)
-        return cls(directory, json.loads(text))
+        made = cls(directory, json.loads(text))
+        made._lock = locked
+        return made
 
     @classmethod
     def open(cls, path: Path | str) -> "RunDirectory":
@@ -78,12 +96,22 @@ class RunDirectory:
         if not directory.is_dir():
             raise ValueError(f"there is no run directory at {directory}")
         if not is_run(directory):
-            raise ValueError(f"{directory} is not a run directory: it has no config.json")
+            raise ValueError(
+                f"{directory} is not a run directory: it has no config.json. A run killed before it had one "
+                "is started again by the same `whorl train`"
+            )
         try:
             config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{directory / 'config.json'} is not valid JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{directory / 'config.json'} holds a {type(config).__name__}, not settings")
         return cls(directory, config)
+
+    def lock(self) -> None:
+        """Keep other processes from writing here; ValueError if one already does."""
+        with _explained(self.path):
+            self._lock = lock(self.path)
 
     @property
     def name(self) -> str:
@@ -91,9 +119,8 @@ class RunDirectory:
 
     @property
     def machine(self) -> dict[str, Any]:
-        """What environment.json recorded when the run was created."""
-        file = self.path / "environment.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        """What environment.json recorded when the run was created; nothing if it cannot be read."""
+        return _note(self.path / "environment.json")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append the row of one step. `metrics["step"]` must be above every step logged before."""
@@ -117,16 +144,19 @@ class RunDirectory:
     @property
     def stop_reason(self) -> str | None:
         """Why the run ended before its last step; None if it did not, or has gone on since."""
-        file = self.path / "stopped.json"
-        return json.loads(file.read_text(encoding="utf-8"))["reason"] if file.exists() else None
+        return _note(self.path / "stopped.json").get("reason")
 
     def truncate_after(self, step: int) -> None:
-        """Forget everything logged or sampled after `step`, so that a resumed run can do it again."""
+        """Forget everything logged or sampled after `step`, and files half written, to do it again."""
         (self.path / "stopped.json").unlink(missing_ok=True)
         self._metrics.truncate_after(step)
-        for later in self.rollout_steps():
-            if later > step:
-                self._rollout_file(later).unlink()
+        for folder in ("rollouts", "evaluations"):
+            for later in _steps_in(self.path / folder, PARQUET):
+                if later > step:
+                    self._parquet(folder, later).unlink()
+        for pattern in ("*.tmp", "rollouts/*.tmp", "evaluations/*.tmp"):
+            for half in self.path.glob(pattern):
+                half.unlink()
 
     def truncate_supervised_after(self, update: int) -> None:
         self._supervised.truncate_after(update)
@@ -153,26 +183,46 @@ class RunDirectory:
                 (`batch.unpack("advantage_N")`); None if no credit was given.
             token_text: text of a token id. With it the report can shade single tokens.
         """
-        buffer = pa.BufferOutputStream()
-        pq.write_table(to_table(groups, advantages, token_text), buffer, compression="zstd")
-        write_atomically(self._rollout_file(step), memoryview(buffer.getvalue()))
-        return self._rollout_file(step)
+        return self._write_table("rollouts", step, to_table(groups, advantages, token_text))
+
+    def write_evaluation(self, step: int, groups: Sequence[Group]) -> Path:
+        """Record the held-out rollouts of the evaluation after a step."""
+        return self._write_table("evaluations", step, to_table(groups))
 
     def read_rollouts(self, step: int) -> list[StoredRollout]:
-        """The rollouts of a step, as they were written."""
-        file = self._rollout_file(step)
-        if not file.exists():
-            steps = self.rollout_steps()
-            have = f"rollouts of steps {steps[0]} to {steps[-1]}" if steps else "no rollouts"
-            raise ValueError(f"{self.path} has no rollouts of step {step}; it has {have}")
-        return from_table(pq.read_table(file))
+        """The rollouts of a step, as they were written. ValueError if there are none, or if they are damaged."""
+        return self._read_table("rollouts", step)
+
+    def read_evaluation(self, step: int) -> list[StoredRollout]:
+        """The held-out rollouts of the evaluation after a step; errors as for `read_rollouts`."""
+        return self._read_table("evaluations", step)
 
     def rollout_steps(self) -> list[int]:
         """Steps whose rollouts are recorded, in order."""
-        return _steps_in(self.path / "rollouts", r"step_(\d+)\.parquet")
+        return _steps_in(self.path / "rollouts", PARQUET)
 
-    def _rollout_file(self, step: int) -> Path:
-        return self.path / "rollouts" / f"step_{step:06d}.parquet"
+    def _write_table(self, folder: str, step: int, table: pa.Table) -> Path:
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        file = self._parquet(folder, step)
+        with _explained(file):
+            file.parent.mkdir(exist_ok=True)  # an older run has no evaluations
+        write_atomically(file, memoryview(buffer.getvalue()))
+        return file
+
+    def _read_table(self, folder: str, step: int) -> list[StoredRollout]:
+        file = self._parquet(folder, step)
+        if not file.exists():
+            steps = _steps_in(self.path / folder, PARQUET)
+            have = f"{folder} of steps {steps[0]} to {steps[-1]}" if steps else f"no {folder}"
+            raise ValueError(f"{self.path} has no {folder} of step {step}; it has {have}")
+        try:
+            return from_table(pq.read_table(file))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+
+    def _parquet(self, folder: str, step: int) -> Path:
+        return self.path / folder / f"step_{step:06d}.parquet"
 
 
 class RowLog:
@@ -257,6 +307,17 @@ def is_run(directory: Path) -> bool:
     return (directory / "config.json").is_file()
 
 
+def _may_be_created(directory: Path, names: Iterable[str]) -> bool:
+    """Whether there is nothing in the directory but what a run killed in `create` leaves, which is not yet a run."""
+    if not directory.is_dir():
+        return False
+    left_over = {*FOLDERS, *names, "lock", "config.json"}
+    return not is_run(directory) and all(
+        entry.name.removesuffix(".tmp") in left_over and not (entry.is_dir() and any(entry.iterdir()))
+        for entry in directory.iterdir()
+    )
+
+
 def write_atomically(file: Path, content: bytes | memoryview) -> None:
     """Put `content` under the name `file`: the name stands for the old content or the new, never for half.
 
@@ -327,6 +388,19 @@ def _number(name: str, value: Any) -> int | float | None:
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return value
     raise ValueError(f"metric {name!r} must be a number; got {type(value).__name__} {value!r:.60}")
+
+
+def _note(file: Path) -> dict[str, Any]:
+    """What a small JSON file says that the run can do without: nothing if it is missing, nor, with a warning, if it
+    is damaged."""
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{file} cannot be read and is passed over: {error}", stacklevel=3)
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _json_bytes(content: Any) -> bytes:

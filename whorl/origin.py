@@ -1,0 +1,125 @@
+"""What a run starts from: a model and its tokenizer, made new, of another run, or of a released checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from whorl.environments.base import Environment
+from whorl.learning import checkpoint
+from whorl.model.config import PRESETS, ModelConfig
+from whorl.model.formats.pretrained import folder_of, is_checkpoint, load_pretrained
+from whorl.model.tokenizer import Tokenizer
+from whorl.model.transformer import Transformer
+from whorl.reporting.run_directory import RunDirectory
+from whorl.settings import Settings
+
+
+class Origin(NamedTuple):
+    """The model and the tokenizer of a run's first step."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    place: str | None
+    """The checkpoint of another run that they were read from: that run may go on, and this one must not notice."""
+
+
+def origin_of(settings: Settings, environment: Environment, existing: RunDirectory | None = None) -> Origin:
+    """What the settings ask for; for an existing run, a model of the shape that was recorded with it.
+
+    ValueError if there is no such model, or none without its tokenizer.
+    """
+    source = Path(settings.model)
+    place = None if existing is None else existing.config.get("start")
+    if existing is not None and (settings.model in PRESETS or existing.checkpoint_steps()):
+        tokenizer = tokenizer_of(existing)
+        return Origin(Transformer(_config_of(existing)).initialise(settings.seed), tokenizer, place)
+    if place is not None:
+        return _from_run(Path(place))
+    if settings.model in PRESETS:
+        alphabet = environment.alphabet
+        tokenizer = Tokenizer.byte_level() if alphabet is None else Tokenizer.characters(alphabet)
+        preset = PRESETS[settings.model]
+        model = Transformer(preset(tokenizer.vocab_size, settings.max_context)).initialise(settings.seed)
+        return Origin(model, tokenizer, None)
+    if source.is_dir() and not is_checkpoint(source):
+        return _from_run(_chosen(source, None))
+    if source.is_dir() or "/" in settings.model:
+        return _foreign(settings.model, settings.max_context)
+    raise ValueError(
+        f"unknown model {settings.model!r}; expected one of {', '.join(PRESETS)}, a run directory, a "
+        "checkpoint folder, or a name on the hub (owner/model)"
+    )
+
+
+def load_trained(path: Path, step: int | None = None) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a run directory at its newest checkpoint, or at that of `step`."""
+    model, tokenizer, _ = _from_run(_chosen(path, step))
+    return model, tokenizer
+
+
+def tokenizer_of(directory: RunDirectory) -> Tokenizer:
+    """The tokenizer recorded with a run; ValueError if it is not the one that the run was made with."""
+    file = directory.path / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; without it the run's tokens have no meaning. Put it back")
+    tokenizer = Tokenizer.load(file)
+    expected = directory.config.get("tokenizer", tokenizer.fingerprint)
+    if tokenizer.fingerprint != expected:
+        raise ValueError(f"{file} is not the tokenizer that the run was made with; put that one back")
+    return tokenizer
+
+
+def _config_of(directory: RunDirectory) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(directory.config["model"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the model in {directory.path}/config.json cannot be read: {error!r}") from error
+
+
+def _chosen(path: Path, step: int | None) -> Path:
+    """The checkpoint of `step` of a run directory, or its newest."""
+    directory = RunDirectory.open(path)
+    if step is not None and step not in directory.checkpoint_steps():
+        steps = ", ".join(map(str, directory.checkpoint_steps())) or "none"
+        raise ValueError(f"{path} has no checkpoint of step {step}; it has {steps}")
+    chosen = checkpoint.newest(path / "checkpoints") if step is None else directory.checkpoint(step)
+    if chosen is None:
+        raise ValueError(f"{path} has no checkpoint to start from")
+    return chosen
+
+
+def _from_run(folder: Path) -> Origin:
+    """From a checkpoint of a run."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"the run starts from {folder}, which is gone; start a new one from another checkpoint"
+        )
+    directory = RunDirectory.open(folder.parent.parent)
+    model = Transformer(_config_of(directory))
+    tensors, _ = checkpoint.load(folder)
+    weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
+    if model.config.tied:
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+    model.load_state_dict(weights)
+    return Origin(model, tokenizer_of(directory), str(folder.resolve()))
+
+
+def _foreign(source: str, max_context: int) -> Origin:
+    """From a released checkpoint: in fp32 and for sequences of at most `max_context` tokens.
+
+    The tokenizer comes first: it is small, and one that cannot be read ends the matter.
+    """
+    folder = folder_of(source)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{source} has no tokenizer.json, without which a run cannot read or write text")
+    tokenizer = Tokenizer.load(file)
+    model = load_pretrained(folder, torch.float32).model
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}"
+        )
+    model.config = replace(model.config, max_context=min(max_context, model.config.max_context))
+    return Origin(model, tokenizer, None)
