@@ -71,6 +71,7 @@ class _Request:
 class _Answer:
     share: Share
     num_generated_tokens: int
+    num_preemptions: int
     memory_gib: float
 
 
@@ -102,6 +103,7 @@ class PlayerProcesses(Player):
     _mapped: list[int] = field(default_factory=list, init=False, repr=False)
     _end: Callable[[], object] | None = field(default=None, init=False, repr=False)
     _generated_elsewhere: int = field(default=0, init=False, repr=False)
+    _preempted_elsewhere: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.cores < 1:
@@ -115,6 +117,11 @@ class PlayerProcesses(Player):
     def num_generated_tokens(self) -> int:
         """Tokens drawn so far by all processes, also those of turns that an episode took back."""
         return super().num_generated_tokens + self._generated_elsewhere
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often any process put a sequence back for want of memory."""
+        return super().num_preemptions + self._preempted_elsewhere
 
     @property
     def memory_gib(self) -> float:
@@ -211,6 +218,7 @@ class PlayerProcesses(Player):
             raise error from error.__cause__
         answers = [task.result() for task in elsewhere]
         self._generated_elsewhere += sum(answer.num_generated_tokens for answer in answers)
+        self._preempted_elsewhere += sum(answer.num_preemptions for answer in answers)
         return [here.result(), *(answer.share for answer in answers)]
 
 
@@ -294,8 +302,8 @@ class _Other:
             known = -code in set(signal.Signals)
             ending = f"was ended by {signal.Signals(-code).name}" if known else f"ended with exit code {code}"
         return (
-            f"a process that plays rollouts {ending}; if memory ran out, use fewer cores or a smaller max_running. "
-            "The run goes on from its newest checkpoint"
+            f"a process that plays rollouts {ending}; if memory ran out, use fewer cores, a smaller max_running "
+            "or a limit (max_cached_tokens). The run goes on from its newest checkpoint"
         )
 
     def close(self) -> None:
@@ -352,6 +360,7 @@ def _pickled_setup(player: Player) -> bytes:
         "decode_text": engine.decode_text,
         "max_running": engine.max_running,
         "prefill_chunk_tokens": engine.prefill_chunk_tokens,
+        "max_cached_tokens": engine.max_cached_tokens,
     }
     dtype = engine.model.embed_tokens.weight.dtype
     setup = _Setup(player.environment, player.tokenizer, player.seed, engine.model.config, dtype, settings)
@@ -394,7 +403,7 @@ def _player(setup_fd: int, weights_fd: int) -> Player:
 
 def _play(player: Player, request: _Request, send: Callable[[int], None]) -> _Answer:
     player.sampler.version = request.version
-    before = player.num_generated_tokens
+    generated, preempted = player.num_generated_tokens, player.num_preemptions
 
     def advance(count: int = 1, note: str = "") -> None:
         send(count)
@@ -402,7 +411,12 @@ def _play(player: Player, request: _Request, send: Callable[[int], None]) -> _An
     share = asyncio.run(
         player.play_share(request.numbered, request.num_samples, request.sampling, request.address, advance)
     )
-    return _Answer(share, player.num_generated_tokens - before, peak_memory_gib())
+    return _Answer(
+        share,
+        player.num_generated_tokens - generated,
+        player.num_preemptions - preempted,
+        peak_memory_gib(),
+    )
 
 
 def _failure(error: Exception) -> _Failure:

@@ -288,7 +288,11 @@ def _run(
     model, tokenizer, algorithm = parts["model"], parts["tokenizer"], parts["algorithm"]
     model.to("cuda" if on_cuda(settings) else "cpu")
     engine = Engine(
-        model, stop_tokens=[tokenizer.end_id], decode_text=tokenizer.decode, max_running=settings.max_running
+        model,
+        stop_tokens=[tokenizer.end_id],
+        decode_text=tokenizer.decode,
+        max_running=settings.max_running,
+        max_cached_tokens=settings.max_cached_tokens,
     )
     learner = Learner(
         model,

@@ -89,7 +89,11 @@ class Settings:
     """With dynamic sampling: how often a step may sample further problems to replace groups without signal."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     max_running: int = 128
-    """Sequences the engine decodes together."""
+    """Sequences the engine decodes together (in each process that plays rollouts)."""
+    max_cached_tokens: int = 0
+    """Tokens whose keys and values the engine may hold, every running sequence counted as long as the longest; 0: no
+    limit. A token takes 2 x softmax layers x key/value heads x head size numbers. Beyond the limit the newest
+    sequences wait and are read again: less memory, more time, the same rollouts."""
     token_budget: int = 16_384
     """Padded tokens of a micro-batch; changes memory and speed, not results."""
     checkpoint_activations: bool = False
@@ -127,6 +131,10 @@ class Settings:
         )
         for name in (*counts, "token_budget", "checkpoint_every_steps", "keep_checkpoints", "max_context"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
+        need(
+            self.max_cached_tokens >= 0,
+            f"max_cached_tokens must be 0 (no limit) or more; got {self.max_cached_tokens}",
+        )
         need(self.cores >= 0, f"cores must be at least 1, or 0 for all; got {self.cores}")
         need(
             self.updates_per_batch <= self.problems_per_step,
