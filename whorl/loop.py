@@ -29,7 +29,7 @@ def train(run: Run) -> str | None:
         groups, sampled = sample_groups(run, clock)
         batch = assemble(groups, run.algorithm, provide(run, groups))
         metrics = learn(run, batch)
-        run.engine.load(run.learner.weights(), run.learner.version)
+        metrics |= run.deliver()
         clock.lap("train_seconds")
 
         run.step += 1

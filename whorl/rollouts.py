@@ -56,6 +56,11 @@ class Player:
         return self.sampler.num_preemptions
 
     @property
+    def probe_gap_nats(self) -> float:
+        """Largest difference in the last play between this process's sampler and others; here there are none."""
+        return 0.0
+
+    @property
     def memory_gib(self) -> float:
         """Peak resident memory of this process."""
         return peak_memory_gib()

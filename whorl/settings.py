@@ -108,6 +108,9 @@ class Settings:
     """Give up when no group had differing rewards for so many steps in a row; 0: never."""
     sampler_gap_limit_nats: float = 1e-3
     """Stop if a token's log-prob differs by more between sampler and learner (bf16 needs about 1)."""
+    probe_gap_limit_nats: float = 1e-5
+    """Stop if the log-probs of a fixed sequence differ by more between the learner and what was loaded into a
+    sampler: its weights are old then (1e-5 is rounding in fp32; a bf16 sampler needs about 0.1)."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where metrics go besides the run directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

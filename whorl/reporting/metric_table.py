@@ -198,6 +198,10 @@ METRICS: tuple[Metric, ...] = (
         ("sampler_prob_correlation", "1",
          "Pearson correlation of exp(log mu) with pi_old over trained tokens",
          "above 0.99; lower says that sampler and learner are not one policy", 0.99, 1),
+        ("probe_gap_nats", "nats",
+         "largest |log mu - log pi| over a fixed sequence of 16 tokens, after new weights were loaded into the "
+         "samplers",
+         "fp32 below 1e-5; anything more means that a sampler holds other weights than the learner", 0, 1e-5),
         ("sampler_kl_nats", "nats", "mean over trained tokens of the k3 estimate of KL(mu, pi_old)",
          "grows with staleness", 0, 0.05),
         ("importance_capped_frac", "fraction", "share of trained tokens whose weight pi_old / mu met its cap",

@@ -23,6 +23,7 @@ from whorl.model.layout import Layout
 from whorl.model.state import State
 from whorl.model.transformer import Transformer
 from whorl.sampling.draw import DrawSettings, draw
+from whorl.sampling.probe import Probe, probe_batch
 from whorl.sampling.request import Completion, Prefix, Request, Running, Waiting
 from whorl.sampling.table import Table
 
@@ -133,6 +134,15 @@ class Engine:
                 if tensor.data_ptr() != weights[name].data_ptr():
                     tensor.copy_(weights[name])
         self.version = version
+
+    @torch.inference_mode()
+    def probe(self, temperature: float = 1.0) -> Probe:
+        """The log-probs of a fixed sequence under the weights that the engine samples with."""
+        batch = probe_batch(self.model.config)
+        tokens_N = batch["tokens_N"].to(self.device)
+        hidden_ND = self.model(tokens_N, Layout(batch.cu_seqlens.to(self.device))).hidden_ND
+        logp_NV = (self.model.logits(hidden_ND[:-1]) / temperature).log_softmax(dim=-1)
+        return Probe(self.version, logp_NV.gather(1, tokens_N[1:, None])[:, 0].cpu().numpy())
 
     @property
     def busy(self) -> bool:
