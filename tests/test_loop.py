@@ -244,6 +244,7 @@ def test_weights_that_never_reached_the_sampler_stop_the_run(tmp_path, monkeypat
     run.warm = True
     calls = iter(range(10_000))
     object.__setattr__(run.environment, "verify", lambda problem, rollout: Score(float(next(calls) % 2)))
+    run.deliver = dict  # nor does anybody look
     with pytest.raises(ValueError, match="sampler and learner disagree"):
         train(run)
 

@@ -33,11 +33,15 @@ SAMPLING = Sampling(max_tokens=12)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def make_player(environment: Environment, cores: int, model: Transformer | None = None) -> PlayerProcesses:
+def make_player(
+    environment: Environment, cores: int, model: Transformer | None = None, **engine_settings
+) -> PlayerProcesses:
     tokenizer = Tokenizer.characters("0123456789")
     model = model or Transformer(tiny_model(tokenizer.vocab_size, 40)).initialise(0)
-    engine = Engine(model, stop_tokens=[tokenizer.end_id], decode_text=tokenizer.decode, max_running=16)
-    return PlayerProcesses(environment, engine, tokenizer, 0, cores=cores)
+    settings = {"stop_tokens": [tokenizer.end_id], "decode_text": tokenizer.decode, "max_running": 16}
+    return PlayerProcesses(
+        environment, Engine(model, **(settings | engine_settings)), tokenizer, 0, cores=cores
+    )
 
 
 def problems(count: int, environment: Environment | None = None) -> list[Problem]:
@@ -179,8 +183,10 @@ def test_weights_that_were_moved_elsewhere_start_the_processes_again():
         expected = play(make_player(Parity(), 1, model))
         # The control: a player that does not look goes on with the old weights.
         seen, player._mapped = player._mapped, [p.data_ptr() for p in model.parameters()]
+        player.probe_gap_limit_nats = math.inf  # (below it, the old weights stop the play)
         assert largest_gap(play(player), expected) > 1e-3
-        player._mapped = seen
+        assert player.probe_gap_nats > 1e-3
+        player._mapped, player.probe_gap_limit_nats = seen, 1e-5
         assert largest_gap(play(player), expected) <= 1e-5
         assert player.process_ids != first
         assert wait_until_gone(first)
@@ -332,6 +338,18 @@ def test_a_play_does_not_spell_out_its_rollouts(monkeypatch, pair):
     play(pair)
     play(make_player(Parity(), 1))
     assert spelled == []
+
+
+def test_a_limit_of_memory_holds_in_every_process_and_changes_no_rollout():
+    model = Transformer(tiny_model(Tokenizer.characters("0123456789").vocab_size, 300)).initialise(0)
+    given, long = problems(4), Sampling(max_tokens=200)
+    free = make_player(Parity(), 1, model, stop_tokens=[])
+    expected, _ = free.play(given, 3, long, ("test", 1))
+    assert free.num_preemptions == 0
+    with make_player(Parity(), 2, model, stop_tokens=[], max_cached_tokens=500) as player:
+        groups, _ = player.play(given, 3, long, ("test", 1))
+        assert largest_gap(groups, expected) <= 1e-5
+        assert player.num_preemptions > player.sampler.num_preemptions > 0
 
 
 def test_memory_is_that_of_all_processes(pair):

@@ -34,7 +34,7 @@ def train(run: Run) -> str | None:
         groups, sampled = sample_groups(run, clock)
         batch = assemble(groups, run.algorithm, provide(run, groups))
         metrics = learn(run, batch)
-        run.engine.load(run.learner.weights(), run.learner.version)
+        metrics |= run.deliver()
         clock.lap("train_seconds")
 
         run.step += 1
@@ -88,7 +88,7 @@ def sample_groups(run: Run, clock: "Clock") -> tuple[list[Group], Metrics]:
     """
     settings = run.settings
     wanted, num_samples = settings.problems_per_step, settings.rollouts_per_problem
-    before = run.player.num_generated_tokens
+    generated, preempted = run.player.num_generated_tokens, run.player.num_preemptions
     chosen: list[Group] = []
     seen: list[Group] = []
     verify_seconds = 0.0
@@ -112,10 +112,12 @@ def sample_groups(run: Run, clock: "Clock") -> tuple[list[Group], Metrics]:
     clock.lap("generate_seconds")
     clock.seconds["verify_seconds"] = verify_seconds
     clock.seconds["generate_seconds"] -= verify_seconds
-    clock.generated_tokens = run.player.num_generated_tokens - before
+    clock.generated_tokens = run.player.num_generated_tokens - generated
     highest = run.environment.reward_range[1]
     metrics = measure(seen, highest) | group_statistics(seen, highest_reward=highest)
     metrics["groups_redrawn"] = float(max(len(seen) - wanted, 0))
+    if settings.max_cached_tokens:
+        metrics["preemptions"] = float(run.player.num_preemptions - preempted)
     return (chosen or [group for group in seen if group.judged]), metrics
 
 

@@ -3,6 +3,7 @@
 A small model decodes by small operations, between which Python works: a second thread waits for the
 interpreter and a second torch thread for the first one, so a further core needs a process of its own. The other
 processes map the very memory in which the learner updates its weights and never hold a copy of them.
+With each answer comes what they compute for a probe (`whorl/sampling/probe.py`), and it is compared here.
 
 Which process plays a problem follows from the request alone. A rollout's random stream is named by its place
 in the whole request and its tokens do not depend on its company, so any number of processes plays the same
@@ -39,6 +40,7 @@ from whorl.reporting.console import Advance
 from whorl.rollouts import Player, Share, peak_memory_gib
 from whorl.sampling.draw import Sampling
 from whorl.sampling.engine import Engine
+from whorl.sampling.probe import Probe, probe_gap
 
 MIN_ROLLOUTS = 8  # fewer are played where they are asked for
 ALIGNMENT = 64  # bytes; what torch gives tensors of its own
@@ -70,7 +72,9 @@ class _Request:
 @dataclass(frozen=True)
 class _Answer:
     share: Share
+    probe: Probe
     num_generated_tokens: int
+    num_preemptions: int
     memory_gib: float
 
 
@@ -98,10 +102,13 @@ class PlayerProcesses(Player):
     """
 
     cores: int = 1
+    probe_gap_limit_nats: float = 1e-5
     _others: "list[_Other]" = field(default_factory=list, init=False, repr=False)
     _mapped: list[int] = field(default_factory=list, init=False, repr=False)
     _end: Callable[[], object] | None = field(default=None, init=False, repr=False)
+    _probe_gap_nats: float = field(default=0.0, init=False, repr=False)
     _generated_elsewhere: int = field(default=0, init=False, repr=False)
+    _preempted_elsewhere: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.cores < 1:
@@ -115,6 +122,16 @@ class PlayerProcesses(Player):
     def num_generated_tokens(self) -> int:
         """Tokens drawn so far by all processes, also those of turns that an episode took back."""
         return super().num_generated_tokens + self._generated_elsewhere
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often any process put a sequence back for want of memory."""
+        return super().num_preemptions + self._preempted_elsewhere
+
+    @property
+    def probe_gap_nats(self) -> float:
+        """Largest difference between the log-probs of a probe that this process and another computed, in nats."""
+        return self._probe_gap_nats
 
     @property
     def memory_gib(self) -> float:
@@ -210,8 +227,24 @@ class PlayerProcesses(Player):
             error = several.exceptions[0]
             raise error from error.__cause__
         answers = [task.result() for task in elsewhere]
+        self._compare_probes([answer.probe for answer in answers])
         self._generated_elsewhere += sum(answer.num_generated_tokens for answer in answers)
+        self._preempted_elsewhere += sum(answer.num_preemptions for answer in answers)
         return [here.result(), *(answer.share for answer in answers)]
+
+    def _compare_probes(self, told: Sequence[Probe]) -> None:
+        """ValueError if another process played with other weights than those of this one's sampler."""
+        expected = self.sampler.probe()
+        gaps = [
+            probe_gap(
+                probe,
+                expected,
+                limit_nats=self.probe_gap_limit_nats,
+                teller=f"process {other.process.pid}, which plays rollouts,",
+            )
+            for other, probe in zip(self._others, told, strict=False)
+        ]
+        self._probe_gap_nats = max(gaps)
 
 
 class _Other:
@@ -294,8 +327,8 @@ class _Other:
             known = -code in set(signal.Signals)
             ending = f"was ended by {signal.Signals(-code).name}" if known else f"ended with exit code {code}"
         return (
-            f"a process that plays rollouts {ending}; if memory ran out, use fewer cores or a smaller max_running. "
-            "The run goes on from its newest checkpoint"
+            f"a process that plays rollouts {ending}; if memory ran out, use fewer cores, a smaller max_running "
+            "or a limit (max_cached_tokens). The run goes on from its newest checkpoint"
         )
 
     def close(self) -> None:
@@ -352,6 +385,7 @@ def _pickled_setup(player: Player) -> bytes:
         "decode_text": engine.decode_text,
         "max_running": engine.max_running,
         "prefill_chunk_tokens": engine.prefill_chunk_tokens,
+        "max_cached_tokens": engine.max_cached_tokens,
     }
     dtype = engine.model.embed_tokens.weight.dtype
     setup = _Setup(player.environment, player.tokenizer, player.seed, engine.model.config, dtype, settings)
@@ -394,7 +428,7 @@ def _player(setup_fd: int, weights_fd: int) -> Player:
 
 def _play(player: Player, request: _Request, send: Callable[[int], None]) -> _Answer:
     player.sampler.version = request.version
-    before = player.num_generated_tokens
+    generated, preempted = player.num_generated_tokens, player.num_preemptions
 
     def advance(count: int = 1, note: str = "") -> None:
         send(count)
@@ -402,7 +436,13 @@ def _play(player: Player, request: _Request, send: Callable[[int], None]) -> _An
     share = asyncio.run(
         player.play_share(request.numbered, request.num_samples, request.sampling, request.address, advance)
     )
-    return _Answer(share, player.num_generated_tokens - before, peak_memory_gib())
+    return _Answer(
+        share,
+        player.sampler.probe(),
+        player.num_generated_tokens - generated,
+        player.num_preemptions - preempted,
+        peak_memory_gib(),
+    )
 
 
 def _failure(error: Exception) -> _Failure:

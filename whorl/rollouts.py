@@ -51,6 +51,16 @@ class Player:
         return self.sampler.num_generated_tokens
 
     @property
+    def num_preemptions(self) -> int:
+        """How often the engine put a sequence back for want of memory."""
+        return self.sampler.num_preemptions
+
+    @property
+    def probe_gap_nats(self) -> float:
+        """Largest difference in the last play between this process's sampler and others; here there are none."""
+        return 0.0
+
+    @property
     def memory_gib(self) -> float:
         """Peak resident memory of this process."""
         return peak_memory_gib()

@@ -29,6 +29,7 @@ from whorl.reporting.run_directory import RunDirectory
 from whorl.reporting.trackers import TensorBoard, Tracker, Trackio, WandB
 from whorl.rollouts import Player
 from whorl.sampling.engine import Engine
+from whorl.sampling.probe import Probe, probe_batch, probe_gap
 from whorl.settings import Settings, from_dict, settings_class
 
 
@@ -129,6 +130,21 @@ class Run:
     def minutes_since_save(self) -> float:
         return (time.monotonic() - self.saved_at) / 60
 
+    def deliver(self) -> dict[str, float]:
+        """Load the learner's weights into the sampler, and see by a probe that they arrived.
+
+        ValueError if they did not. Other processes are compared with the sampler of this one when they play.
+        """
+        self.engine.load(self.learner.weights(), self.learner.version)
+        logp_N = self.learner.logprobs(probe_batch(self.model.config))
+        gap = probe_gap(
+            self.engine.probe(self.learner.temperature),
+            Probe(self.learner.version, logp_N[1:].numpy()),
+            limit_nats=self.settings.probe_gap_limit_nats,
+            teller="the sampler",
+        )
+        return {"probe_gap_nats": max(gap, self.player.probe_gap_nats)}
+
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint of this run."""
         tensors, state = checkpoint.load(path)
@@ -139,7 +155,7 @@ class Run:
         self.saved_step = self.step
         self.steps_without_signal = state["steps_without_signal"]
         self.curriculum.load_state_dict(state["curriculum"])
-        self.engine.load(self.learner.weights(), self.learner.version)
+        self.deliver()
 
     def with_environment(self, spec: str | None) -> "Run":
         """The same policy on another task (None: on its own)."""
@@ -303,7 +319,11 @@ def _run(
     model, tokenizer, algorithm = parts["model"], parts["tokenizer"], parts["algorithm"]
     model.to("cuda" if on_cuda(settings) else "cpu")
     engine = Engine(
-        model, stop_tokens=[tokenizer.end_id], decode_text=tokenizer.decode, max_running=settings.max_running
+        model,
+        stop_tokens=[tokenizer.end_id],
+        decode_text=tokenizer.decode,
+        max_running=settings.max_running,
+        max_cached_tokens=settings.max_cached_tokens,
     )
     learner = Learner(
         model,
@@ -324,7 +344,12 @@ def _run(
         learner=learner,
         curriculum=parts["curriculum"],
         player=PlayerProcesses(
-            parts["environment"], engine, tokenizer, settings.seed, cores=num_cores(settings)
+            parts["environment"],
+            engine,
+            tokenizer,
+            settings.seed,
+            cores=num_cores(settings),
+            probe_gap_limit_nats=settings.probe_gap_limit_nats,
         ),
         progress=progress or Silent(),
     )

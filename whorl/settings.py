@@ -90,7 +90,11 @@ class Settings:
     """With dynamic sampling: how often a step may sample further problems to replace groups without signal."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     max_running: int = 128
-    """Sequences the engine decodes together."""
+    """Sequences the engine decodes together (in each process that plays rollouts)."""
+    max_cached_tokens: int = 0
+    """Tokens whose keys and values the engine may hold, every running sequence counted as long as the longest; 0: no
+    limit. A token takes 2 x softmax layers x key/value heads x head size numbers. Beyond the limit the newest
+    sequences wait and are read again: less memory, more time, the same rollouts."""
     token_budget: int = 16_384
     """Padded tokens of a micro-batch; changes memory and speed, not results."""
     checkpoint_activations: bool = False
@@ -107,6 +111,9 @@ class Settings:
     """Give up when no group had differing rewards for so many steps in a row; 0: never."""
     sampler_gap_limit_nats: float = 1e-3
     """Stop if a token's log-prob differs by more between sampler and learner (bf16 needs about 1)."""
+    probe_gap_limit_nats: float = 1e-5
+    """Stop if the log-probs of a fixed sequence differ by more between the learner and what was loaded into a
+    sampler: its weights are old then (1e-5 is rounding in fp32; a bf16 sampler needs about 0.1)."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where metrics go besides the run directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -133,6 +140,10 @@ class Settings:
         need(
             self.checkpoint_every_minutes >= 0,
             f"checkpoint_every_minutes must not be negative; got {self.checkpoint_every_minutes}",
+        )
+        need(
+            self.max_cached_tokens >= 0,
+            f"max_cached_tokens must be 0 (no limit) or more; got {self.max_cached_tokens}",
         )
         need(self.cores >= 0, f"cores must be at least 1, or 0 for all; got {self.cores}")
         need(

@@ -23,7 +23,8 @@ from whorl.learning.learner import Learner
 from whorl.learning.packing import layout_of, micro_batches, with_prefixes
 from whorl.model.layout import Fork, Layout
 from whorl.sampling.draw import Sampling, stream_key
-from whorl.sampling.engine import Engine, Request
+from whorl.sampling.engine import Engine
+from whorl.sampling.request import Request
 
 CPU = torch.device("cpu")
 BUDGETS = [10_000, 100, 60, 1]

@@ -163,19 +163,7 @@ def test_moving_a_slot_copies_its_sequence_and_no_other(name):
         assert (whole[-2:] - stepped[s]).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_a_cleared_slot_starts_a_fresh_sequence(name):
-    model = make_model(CONFIGS[name])
-    state, _ = prefilled(model, (40, 40))
-    state.clear(1)
-    tokens = random_tokens(model.config, [20], seed=8)
-    forward_log_probs(model, tokens[:19], 19, state=state, slots=slots(1))
-    stepped = decode_log_probs(model, torch.stack([tokens[0], tokens[19]]), state)
-    whole = forward_log_probs(model, tokens, 20)
-    assert (whole[-1] - stepped[1]).abs().max() <= 1e-5
-
-
-def test_control_a_slot_that_was_not_cleared_is_seen():
+def test_control_a_slot_that_begins_with_another_sequence_s_state_is_seen():
     model = make_model(HYBRID)
     state, _ = prefilled(model, (40,))
     state.length[0] = 0  # keys are masked by the length; the lightning state has to be emptied
@@ -209,6 +197,25 @@ def test_the_cache_grows_by_doubling_up_to_the_context():
     assert (state.keys[0][1, 0, 16:] == 0).all()
     with pytest.raises(ValueError, match="a sequence of 101 tokens exceeds the context of 100"):
         state.reserve(101)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_state_of_another_size_goes_on_with_the_sequences_that_it_keeps(name):
+    """Three slots of 16 become two of 40, then five of 41, while two sequences go on."""
+    model = make_model(CONFIGS[name])
+    state, rows = prefilled(model, (11, 14, 6), capacity=16)
+    for num_slots, capacity in ((2, 40), (5, 41)):
+        state.resize(num_slots, capacity)
+        assert (state.num_slots, len(state.length)) == (num_slots, num_slots)
+        assert all(layer.shape[0] == num_slots for layer in state.lightning)
+        assert all(row.shape[::2] == (num_slots, capacity) for row in (*state.keys, *state.values))
+        tokens = random_tokens(model.config, [2], seed=capacity)
+        stepped = decode_log_probs(model, tokens, state)
+        for s in (0, 1):
+            rows[s] = torch.cat([rows[s], tokens[s : s + 1]])
+            whole = forward_log_probs(model, rows[s], len(rows[s]))
+            assert (whole[-1] - stepped[s]).abs().max() <= 1e-5
+    assert state.length.tolist() == [13, 16, 0, 0, 0]
 
 
 def test_decoding_past_the_context_is_an_error():

@@ -8,7 +8,8 @@ from whorl.model.config import ModelConfig
 from whorl.model.layout import Layout
 from whorl.model.transformer import Transformer
 from whorl.sampling.draw import Sampling, stream_key
-from whorl.sampling.engine import Completion, Engine, Request
+from whorl.sampling.engine import Engine
+from whorl.sampling.request import Completion, Request
 
 VOCABULARY = 40
 

@@ -7,8 +7,10 @@ import torch
 from tests.sampling.support import VOCABULARY, Engine, model, prompts, requests, same, teacher_forced
 from whorl.data import cu_seqlens_of
 from whorl.model.layout import Layout
+from whorl.model.state import State
 from whorl.sampling.draw import Sampling, stream_key
-from whorl.sampling.engine import ContextOverflow, Request
+from whorl.sampling.engine import ContextOverflow
+from whorl.sampling.request import Request
 
 LENGTHS = [3, 300, 1, 64, 65, 17, 130, 8]
 
@@ -37,13 +39,20 @@ def test_tokens_do_not_depend_on_the_company_they_were_drawn_in(max_running, chu
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_a_state_that_is_not_cleared_between_sequences_would_be_noticed():
+def test_a_state_that_keeps_something_of_the_sequence_before_would_be_noticed(monkeypatch):
     network = model()
-    engine = Engine(network, max_running=1)
     tokens = prompts([20, 20])
-    right = engine.generate(requests(tokens))
-    engine._prefill_state.clear = lambda slot: engine._prefill_state.length.__setitem__(slot, 0)  # the bug
-    wrong = engine.generate(requests(tokens))
+    right = Engine(network, max_running=1).generate(requests(tokens))
+
+    def restore(self, slots, snapshot):
+        """The bug: the length and the keys are replaced, and the lightning states are forgotten."""
+        kept = [layer.clone() for layer in self.lightning]
+        original(self, slots, snapshot)
+        self.lightning = kept
+
+    original = State.restore
+    monkeypatch.setattr(State, "restore", restore)
+    wrong = Engine(network, max_running=1).generate(requests(tokens))
     assert not same(right[1], wrong[1])
 
 

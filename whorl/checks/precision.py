@@ -23,7 +23,8 @@ from whorl.learning.seen import sampler_gap
 from whorl.model.state import State
 from whorl.model.transformer import Transformer
 from whorl.sampling.draw import Sampling, stream_key
-from whorl.sampling.engine import Engine, Request
+from whorl.sampling.engine import Engine
+from whorl.sampling.request import Request
 
 NUM_SEQUENCES, NUM_TOKENS = 8, 512
 

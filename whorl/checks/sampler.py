@@ -19,7 +19,8 @@ from whorl.learning.seen import sampler_gap
 from whorl.model.config import ModelConfig
 from whorl.model.transformer import Transformer
 from whorl.sampling.draw import Sampling, stream_key
-from whorl.sampling.engine import Completion, Engine, Request
+from whorl.sampling.engine import Engine
+from whorl.sampling.request import Completion, Request
 
 LIMIT_NATS = 1e-5
 """fp32 on a CPU: a few roundings of log-probabilities of size 1 to 10, whose last bit is worth 1e-7 to 1e-6."""
@@ -32,9 +33,12 @@ TEMPERATURES = (1.0, 0.7, 0.0)
 """Sampled, sampled at another temperature, greedy: requests take them in turn."""
 
 WRITTEN_TOKENS = 12
-"""Longest turn in the cases below, but for one of `LONG_TURN_TOKENS`."""
+"""Longest turn in the cases below, but for two."""
 
 LONG_TURN_TOKENS = 4 * BLOCK
+
+PREEMPTED_TOKENS = 150
+"""Longest turn of sequences that are preempted: more than the room that the engine leaves them for growth."""
 
 NEEDED_CONTEXT = 6 * BLOCK
 """Longest sequence of the cases below, prompt and turn, rounded up to whole blocks."""
@@ -173,6 +177,20 @@ def _cut_and_resumed(model: Transformer) -> Iterator[Told]:
         yield _told(whole, rest_request, engine.generate([rest_request])[0])
 
 
+def _preempted(model: Transformer) -> Iterator[Told]:
+    """Memory for half of six sequences: the newest are put back in the middle of their turns, and read again."""
+    prompts = [_random_tokens(model, 20 * i + 1, ("preempted", i)) for i in range(6)]
+    engine = Engine(model, max_cached_tokens=3 * (100 + PREEMPTED_TOKENS))
+    requests = [
+        Request(
+            prompt, stream_key("check sampler", i), Sampling(TEMPERATURES[i % 3], max_tokens=PREEMPTED_TOKENS)
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    yield from _play(engine, requests)
+    assert engine.num_preemptions > 0, "this case preempts nobody, so it shows nothing"
+
+
 CASES: Mapping[str, Callable[[Transformer], Iterator[Told]]] = {
     "batch of 1": _batch(1),
     "batch of 7, mixed lengths": _batch(7),
@@ -187,6 +205,7 @@ CASES: Mapping[str, Callable[[Transformer], Iterator[Told]]] = {
     "conversations of several turns": _several_turns,
     "rewound to a kept state": _rewind,
     "cut short and resumed": _cut_and_resumed,
+    "preempted for want of memory, and resumed": _preempted,
 }
 """Ways in which the engine comes to write a turn."""
 

@@ -57,19 +57,24 @@ class State:
         if length > self.config.max_context:
             context = self.config.max_context
             raise ValueError(f"a sequence of {length} tokens exceeds the context of {context}")
-        grown = min(max(length, 2 * self.capacity), self.config.max_context)
+        self.resize(self.num_slots, min(max(length, 2 * self.capacity), self.config.max_context))
+
+    def resize(self, num_slots: int, capacity: int) -> None:
+        """Another number of slots, another room in each; what lies beyond either is lost.
+
+        One layer is copied after the other, so what is held twice is a layer and not the state.
+        """
+        num_kept, length = min(num_slots, self.num_slots), min(capacity, self.capacity)
+        if num_slots != self.num_slots:
+            self.length = _copied(self.length, self.length.new_zeros(num_slots), num_kept)
+            for layer, old in enumerate(self.lightning):
+                self.lightning[layer] = _copied(old, old.new_zeros(num_slots, *old.shape[1:]), num_kept)
         for rows in (self.keys, self.values):
             for layer, old in enumerate(rows):
-                new = old.new_zeros(*old.shape[:2], grown, old.shape[3])
-                new[:, :, : self.capacity] = old
+                new = old.new_zeros(num_slots, old.shape[1], capacity, old.shape[3])
+                new[:num_kept, :, :length] = old[:num_kept, :, :length]
                 rows[layer] = new
-        self.capacity = grown
-
-    def clear(self, slot: int) -> None:
-        """Make the slot that of a sequence with no tokens."""
-        self.length[slot] = 0
-        for state in self.lightning:
-            state[slot] = 0
+        self.num_slots, self.capacity = num_slots, capacity
 
     def snapshot(self, slot: int) -> Snapshot:
         """A copy of the slot that later decoding does not touch."""
@@ -101,3 +106,8 @@ class State:
         for rows in (self.keys, self.values):
             for row in rows:
                 row[target, :, :length] = row[source, :, :length]
+
+
+def _copied(old: Tensor, new: Tensor, count: int) -> Tensor:
+    new[:count] = old[:count]
+    return new

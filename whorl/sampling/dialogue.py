@@ -10,7 +10,7 @@ from whorl.data import Message, Problem, Rollout, Turn, role_code
 from whorl.model.state import Snapshot
 from whorl.model.tokenizer import Tokenizer
 from whorl.sampling.draw import Sampling
-from whorl.sampling.engine import Completion, Request
+from whorl.sampling.request import Completion, Request
 
 
 @runtime_checkable

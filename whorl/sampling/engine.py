@@ -4,12 +4,15 @@ A request names tokens to read (after a snapshot, or from nothing) and how to sa
 that read the same tokens after the same snapshot share one prefill, whose state is then forked: the prompt
 of a group is computed once. Prompts are prefilled in packed chunks between decode steps; running sequences
 sit in dense slots, are admitted and retired at any step, and never see each other.
+
+Keys and values of running sequences lie in padded rows, so they take (number of rows) x (longest sequence)
+tokens. Where that would pass `max_cached_tokens`, the sequences that came last are preempted: their state is
+dropped, what they wrote is kept, and when there is room they read it again and go on. As the random number of
+a token follows from its position, they go on with the tokens that they would have written anyway.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,67 +20,21 @@ from torch import Tensor
 
 from whorl.data import cu_seqlens_of
 from whorl.model.layout import Layout
-from whorl.model.state import Snapshot, State
+from whorl.model.state import State
 from whorl.model.transformer import Transformer
-from whorl.sampling.draw import DrawSettings, Sampling, draw, uniforms
+from whorl.sampling.draw import DrawSettings, draw
+from whorl.sampling.probe import Probe, probe_batch
+from whorl.sampling.request import Completion, Prefix, Request, Running, Waiting
+from whorl.sampling.table import Table
 
 
 class ContextOverflow(ValueError):
     """A prompt that leaves no room for an answer in the model's context."""
 
 
-UNIFORM_CHUNK = 64  # random numbers made at a time for one sequence
-
-
-@dataclass
-class Request:
-    """Read `tokens` after `snapshot` (None: from the beginning), then write one turn.
-
-    `key` is the stream of the sample's randomness; the token at absolute position p uses number p of it.
-    `keep_state` asks for a snapshot at the end of the turn, so that the conversation can go on from it.
-    """
-
-    tokens: Sequence[int]
-    key: int
-    sampling: Sampling = field(default_factory=Sampling)
-    snapshot: Snapshot | None = None
-    keep_state: bool = False
-
-
-@dataclass
-class Completion:
-    """What was written. `unread` are the tokens (at the end) that `snapshot` has not consumed yet."""
-
-    tokens: np.ndarray
-    logp: np.ndarray
-    raw_logp: np.ndarray
-    version: np.ndarray
-    stop: str
-    snapshot: Snapshot | None = None
-    unread: tuple[int, ...] = ()
-
-
-class _Prefix:
-    """Tokens after a snapshot, being read once for all requests that wait for them."""
-
-    def __init__(self, parent: Snapshot | None, tokens: Sequence[int]):
-        self.parent = parent
-        self.tokens = list(tokens)
-        self.num_read = 0
-        self.slot: int | None = None
-        self.waiting: deque[_Running] = deque()
-        self.snapshot: Snapshot | None = None
-        self.logits_V: Tensor | None = None
-
-
-class _Running:
-    """A request on its way through the engine."""
-
-    def __init__(self, request: Request, done: Callable[[Completion], None]):
-        self.request = request
-        self.done = done
-        self.start = request.snapshot.length if request.snapshot else 0
-        self.start += len(request.tokens)
+HEADROOM_TOKENS = 64
+"""A sequence is admitted if all that run can grow by so much: else it would be put back at once, and what it
+read would be read for nothing."""
 
 
 class Engine:
@@ -85,6 +42,8 @@ class Engine:
 
     model: shared with the learner, or the engine's own copy (then `load` copies new weights in).
     max_running: sequences decoded together. prefill_chunk_tokens: prompt tokens read between decode steps.
+    max_cached_tokens: what running sequences (padded to the longest) and prompts that were read may take
+    together, in tokens; 0: no limit. One sequence may always run, however long.
     stop_tokens: ids that end a turn (they are part of what the policy wrote). decode_text: ids to text, needed
     for stop strings only.
     """
@@ -97,27 +56,30 @@ class Engine:
         decode_text: Callable[[Sequence[int]], str] | None = None,
         max_running: int = 64,
         prefill_chunk_tokens: int = 4096,
+        max_cached_tokens: int = 0,
     ):
         if max_running < 1 or prefill_chunk_tokens < 1:
             raise ValueError("max_running and prefill_chunk_tokens must be at least 1")
+        if max_cached_tokens < 0:
+            raise ValueError(f"max_cached_tokens must be 0 (no limit) or more; got {max_cached_tokens}")
         self.model = model
         self.version = 0
         self.max_running = max_running
         self.prefill_chunk_tokens = prefill_chunk_tokens
+        self.max_cached_tokens = max_cached_tokens
         self.decode_text = decode_text
         self.stop_tokens = np.array(sorted(stop_tokens), dtype=np.int64)
-        weight = model.embed_tokens.weight
-        self.device = weight.device
-        self._running_state = State(model.config, max_running, device=weight.device, dtype=weight.dtype)
-        self._prefill_state = State(model.config, max_running, device=weight.device, dtype=weight.dtype)
-        self._prefixes: dict[tuple, _Prefix] = {}
-        self._free_prefill_slots = list(range(max_running))
-        self._rows: list[_Running] = []
+        self.device = model.embed_tokens.weight.device
+        self._state = self._new_state(1, capacity=64)
+        self._waiting = Waiting()
+        self._rows: list[Running] = []
         self._settings: DrawSettings | None = None
         self._driver: asyncio.Task | None = None
-        self._table = _Table(max_running)
+        self._table = Table(max_running)
+        self._num_requests = 0
         self.num_prefilled_tokens = 0
         self.num_generated_tokens = 0
+        self.num_preemptions = 0
 
     @property
     def max_context(self) -> int:
@@ -126,30 +88,39 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Complete all requests; blocks until the last is done."""
         results: dict[int, Completion] = {}
-        for index, request in enumerate(requests):
-            self._submit(request, lambda completion, index=index: results.__setitem__(index, completion))
-        while len(results) < len(requests):
-            self.step()
+        submitted: list[Running] = []
+        try:
+            for index, request in enumerate(requests):
+                submitted.append(
+                    self._submit(request, lambda done, index=index: results.__setitem__(index, done))
+                )
+            while len(results) < len(requests):
+                self.step()
+        finally:
+            if len(results) < len(requests):
+                for running in submitted:
+                    self._drop(running)
         return [results[index] for index in range(len(requests))]
 
     async def complete(self, request: Request) -> Completion:
-        """Complete one request; any number of coroutines may wait at once and are batched together."""
+        """Complete one request; any number of coroutines may wait at once and are batched together.
+
+        A coroutine that is cancelled meanwhile takes its request back.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Completion] = loop.create_future()
-
-        def resolve(completion: Completion) -> None:
-            if not future.done():  # the coroutine may have been cancelled
-                future.set_result(completion)
-
-        self._submit(request, resolve)
-        if self._driver is None or self._driver.done():
-            self._driver = loop.create_task(self._drive())
-        # Waiting for the driver too: if a step raises, everyone who waits hears of it.
-        await asyncio.wait({future, self._driver}, return_when=asyncio.FIRST_COMPLETED)
-        while not future.done():
-            await self._driver
-            self._driver = loop.create_task(self._drive())
-            await asyncio.wait({future, self._driver}, return_when=asyncio.FIRST_COMPLETED)
+        running = self._submit(request, future.set_result)
+        try:
+            while not future.done():
+                if self._driver is None or self._driver.done():
+                    self._driver = loop.create_task(self._drive())
+                # Waiting for the driver too: if a step raises, everyone who waits hears of it.
+                await asyncio.wait({future, self._driver}, return_when=asyncio.FIRST_COMPLETED)
+                if not future.done():
+                    await self._driver
+        finally:
+            if not future.done():
+                self._drop(running)
         return future.result()
 
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -164,15 +135,26 @@ class Engine:
                     tensor.copy_(weights[name])
         self.version = version
 
+    @torch.inference_mode()
+    def probe(self, temperature: float = 1.0) -> Probe:
+        """The log-probs of a fixed sequence under the weights that the engine samples with."""
+        batch = probe_batch(self.model.config)
+        tokens_N = batch["tokens_N"].to(self.device)
+        hidden_ND = self.model(tokens_N, Layout(batch.cu_seqlens.to(self.device))).hidden_ND
+        logp_NV = (self.model.logits(hidden_ND[:-1]) / temperature).log_softmax(dim=-1)
+        return Probe(self.version, logp_NV.gather(1, tokens_N[1:, None])[:, 0].cpu().numpy())
+
     @property
     def busy(self) -> bool:
-        return bool(self._rows or self._prefixes)
+        return bool(self._rows or self._waiting)
 
     @torch.inference_mode()
     def step(self) -> None:
         """Read a chunk of waiting prompts, admit what is ready, decode one token for all that run."""
         self._prefill()
         self._admit()
+        if self.max_cached_tokens:
+            self._preempt()
         if self._rows:
             self._decode()
 
@@ -181,83 +163,151 @@ class Engine:
             self.step()
             await asyncio.sleep(0)
 
-    def _submit(self, request: Request, done: Callable[[Completion], None]) -> None:
-        running = _Running(request, done)
-        context = self.max_context
+    def _submit(self, request: Request, done: Callable[[Completion], None]) -> Running:
+        before, context = request.num_tokens_before, self.max_context
         if not request.tokens:
             raise ValueError("a request must read at least one token before the model can write")
-        if running.start >= context:
+        if before >= context:
             raise ContextOverflow(
-                f"a prompt of {running.start} tokens leaves no room in the model's context of {context}; "
+                f"a prompt of {before} tokens leaves no room in the model's context of {context}; "
                 "shorten the prompt or raise max_context"
             )
         if request.sampling.stop_strings and self.decode_text is None:
             raise ValueError("stop strings need an engine that was given decode_text")
-        address = (id(request.snapshot), tuple(request.tokens))
-        if address not in self._prefixes:
-            self._prefixes[address] = _Prefix(request.snapshot, request.tokens)
-        self._prefixes[address].waiting.append(running)
+        self._num_requests += 1
+        running = Running(request, self._num_requests, done)
+        self._waiting.add(running)
+        return running
+
+    @torch.inference_mode()
+    def _drop(self, running: Running) -> None:
+        """Forget a request that nobody waits for any more, wherever it is."""
+        if running in self._rows:
+            self._remove(self._rows.index(running))
+        else:
+            self._waiting.drop(running)
 
     def _prefill(self) -> None:
         """Read the next chunk of prompts that are not read yet, packed into one forward pass."""
         budget = self.prefill_chunk_tokens
-        pieces: list[tuple[_Prefix, list[int]]] = []
-        for prefix in self._prefixes.values():
-            if prefix.snapshot is not None or budget == 0:
+        pieces: list[tuple[Prefix, tuple[int, ...]]] = []
+        num_rows, longest = len(self._rows), self._table.longest(len(self._rows), HEADROOM_TOKENS)
+        for prefix in self._waiting:
+            # Read as if each prefix became one running sequence, and no more than can run.
+            num_rows, longest = num_rows + 1, max(longest, self._length_soon(prefix))
+            if num_rows > 1 and not self._fits(num_rows, longest):
+                break
+            if prefix.logits_V is not None:
                 continue
-            if prefix.slot is None:
-                if not self._free_prefill_slots:
-                    break
-                prefix.slot = self._free_prefill_slots.pop()
-                if prefix.parent is None:
-                    self._prefill_state.clear(prefix.slot)
-                else:
-                    self._prefill_state.restore([prefix.slot], prefix.parent)
             piece = prefix.tokens[prefix.num_read : prefix.num_read + budget]
             pieces.append((prefix, piece))
             budget -= len(piece)
+            if budget == 0 or len(pieces) == self.max_running:
+                break
         if not pieces:
             return
+        end = max(prefix.start + prefix.num_read + len(piece) for prefix, piece in pieces)
+        state = self._new_state(len(pieces), capacity=end)
+        for slot, (prefix, _) in enumerate(pieces):
+            if prefix.snapshot is not None:
+                state.restore([slot], prefix.snapshot)
         layout = Layout(cu_seqlens_of([len(piece) for _, piece in pieces]).to(self.device))
         tokens_N = torch.tensor([t for _, piece in pieces for t in piece], device=self.device)
-        slots = torch.tensor([prefix.slot for prefix, _ in pieces], device=self.device)
-        hidden_ND = self.model(tokens_N, layout, self._prefill_state, slots).hidden_ND
+        slots = torch.arange(len(pieces), device=self.device)
+        hidden_ND = self.model(tokens_N, layout, state, slots).hidden_ND
         logits_SV = self.model.logits(hidden_ND[layout.cu_seqlens[1:] - 1])
         self.num_prefilled_tokens += len(tokens_N)
-        for (prefix, piece), logits_V in zip(pieces, logits_SV, strict=True):
+        for slot, ((prefix, piece), logits_V) in enumerate(zip(pieces, logits_SV, strict=True)):
             prefix.num_read += len(piece)
+            prefix.snapshot = state.snapshot(slot)
             if prefix.num_read == len(prefix.tokens):
-                assert prefix.slot is not None
-                prefix.snapshot = self._prefill_state.snapshot(prefix.slot)
                 prefix.logits_V = logits_V
-                self._free_prefill_slots.append(prefix.slot)
-                prefix.slot = None
 
     def _admit(self) -> None:
         """Fork prefixes that have been read into free running slots, and draw their first tokens."""
         first = len(self._rows)
         logits: list[Tensor] = []
-        for address, prefix in list(self._prefixes.items()):
-            count = min(len(prefix.waiting), self.max_running - len(self._rows))
-            if prefix.snapshot is None or count == 0:
+        for prefix in self._waiting:
+            if prefix.logits_V is None:
                 continue
+            count = self._num_admitted(prefix)
+            if count == 0:
+                break
             slots = list(range(len(self._rows), len(self._rows) + count))
-            self._running_state.restore(slots, prefix.snapshot)
+            assert prefix.snapshot is not None
+            self._make_room(len(self._rows) + count, prefix.length)
+            self._state.restore(slots, prefix.snapshot)
+            logits += [prefix.logits_V] * count
             for slot in slots:
-                running = prefix.waiting.popleft()
+                running = self._waiting.take(prefix)
                 self._rows.append(running)
-                assert prefix.logits_V is not None
-                logits.append(prefix.logits_V)
-                self._table.admit(slot, running.start, running.request, self.max_context)
-            if not prefix.waiting:
-                del self._prefixes[address]
+                self._table.admit(slot, running.request, running.written, self.max_context)
         if logits:
             self._settings = None
             self._draw(torch.stack(logits), first)
 
+    def _num_admitted(self, prefix: Prefix) -> int:
+        """How many of those that wait for a prefix can run now."""
+        num_rows = len(self._rows)
+        count = min(len(prefix.waiting), self.max_running - num_rows)
+        if self.max_cached_tokens:
+            longest = max(self._table.longest(num_rows, HEADROOM_TOKENS), self._length_soon(prefix))
+            # With the last that waits for it, the copy that is held here goes too.
+            freed = prefix.num_held_tokens if count == len(prefix.waiting) else 0
+            while count and not self._fits(num_rows + count, longest, freed):
+                count, freed = count - 1, 0
+            if num_rows == 0:
+                count = max(count, 1)
+        return count
+
+    def _preempt(self) -> None:
+        """Put sequences back, those that came last first, until the others fit. One always goes on."""
+        while len(self._rows) > 1 and not self._fits(len(self._rows), self._table.longest(len(self._rows))):
+            if self._waiting.free_one():
+                continue
+            row = max(range(len(self._rows)), key=lambda row: self._rows[row].number)
+            running = self._rows[row]
+            running.written = self._table.written(row)
+            self._remove(row)
+            self._waiting.put_back(running)
+            self.num_preemptions += 1
+
+    def _fits(self, num_rows: int, longest: int, freed: int = 0) -> bool:
+        """Whether so many sequences, padded to the longest, keep to the limit beside the prompts that are held."""
+        limit = self.max_cached_tokens
+        return limit == 0 or num_rows * longest + self._waiting.num_held_tokens - freed <= limit
+
+    def _length_soon(self, prefix: Prefix) -> int:
+        """Tokens of a sequence that begins with the prefix, a while after it was admitted."""
+        return min(prefix.length + HEADROOM_TOKENS, self.max_context)
+
+    def _make_room(self, num_rows: int, length: int) -> None:
+        """Let the state have `num_rows` slots, with room for `length` tokens and for all that run: with some to
+        spare, so that growing is rare, but within the limit."""
+        state, limit = self._state, self.max_cached_tokens
+        length = max(length, self._table.longest(len(self._rows)))
+        if num_rows <= state.num_slots and length <= state.capacity:
+            return
+        slots, capacity = state.num_slots, state.capacity
+        if num_rows > slots:
+            slots = min(max(num_rows, 2 * slots), self.max_running)
+        if length > capacity:
+            capacity = max(length, 2 * capacity)
+        if limit and slots * capacity > limit:
+            slots, share = num_rows, limit // num_rows
+            # A sequence that is longer than its share of the limit is one that runs alone.
+            capacity = length + HEADROOM_TOKENS if length > share else min(length + HEADROOM_TOKENS, share)
+        state.resize(slots, min(capacity, self.max_context))
+
+    def _new_state(self, num_slots: int, capacity: int) -> State:
+        dtype = self.model.embed_tokens.weight.dtype
+        return State(self.model.config, num_slots, capacity=capacity, device=self.device, dtype=dtype)
+
     def _decode(self) -> None:
-        tokens_S = torch.from_numpy(self._table.last[: len(self._rows)]).to(self.device)
-        hidden_SD = self.model.decode(tokens_S, self._running_state).hidden_ND
+        num_rows = len(self._rows)
+        self._make_room(num_rows, 0)
+        tokens_S = torch.from_numpy(self._table.last[:num_rows]).to(self.device)
+        hidden_SD = self.model.decode(tokens_S, self._state).hidden_ND
         self._draw(self.model.logits(hidden_SD), 0)
 
     def _draw(self, logits_SV: Tensor, first: int) -> None:
@@ -300,91 +350,25 @@ class Engine:
             count *= 2
 
     def _retire(self, row: int, reason: str) -> None:
-        """Hand the turn over and close the gap: the last running sequence moves into the freed slot."""
-        running, request = self._rows[row], self._rows[row].request
-        tokens, logp, raw_logp = self._table.result(row)
+        """Hand the turn over."""
+        running, written = self._rows[row], self._table.written(row)
         snapshot, unread = None, ()
-        if request.keep_state:
-            snapshot = self._running_state.snapshot(row)
+        if running.request.keep_state:
+            snapshot = self._state.snapshot(row)
             # The last token was drawn but not yet read by the model.
-            unread = (int(tokens[-1]),)
+            unread = (int(written.tokens[-1]),)
+        self._remove(row)
+        version = np.full(len(written.tokens), self.version, dtype=np.int32)
+        running.done(
+            Completion(written.tokens, written.logp, written.raw_logp, version, reason, snapshot, unread)
+        )
+
+    def _remove(self, row: int) -> None:
+        """Close the gap: the last running sequence moves into the freed slot."""
         last = len(self._rows) - 1
         if row != last:
-            self._running_state.move(last, row)
+            self._state.move(last, row)
             self._table.move(last, row)
             self._rows[row] = self._rows[last]
         self._rows.pop()
         self._settings = None
-        version = np.full(len(tokens), self.version, dtype=np.int32)
-        running.done(Completion(tokens, logp, raw_logp, version, reason, snapshot, unread))
-
-
-class _Table:
-    """Per-slot bookkeeping of running turns as arrays, so that a step costs no Python per token."""
-
-    def __init__(self, num_slots: int):
-        self.tokens = np.zeros((num_slots, 64), dtype=np.int64)
-        self.logp = np.zeros((num_slots, 64), dtype=np.float32)
-        self.raw_logp = np.zeros((num_slots, 64), dtype=np.float32)
-        self.random = np.zeros((num_slots, UNIFORM_CHUNK))
-        self.key = np.zeros(num_slots, dtype=np.uint64)
-        self.start, self.count, self.limit, self.room, self.run, self.run_limit, self.last = (
-            np.zeros(num_slots, dtype=np.int64) for _ in range(7)
-        )
-        self.run_logp = np.zeros(num_slots, dtype=np.float32)
-
-    def admit(self, slot: int, start: int, request: Request, max_context: int) -> None:
-        sampling = request.sampling
-        self.start[slot], self.count[slot], self.run[slot] = start, 0, 0
-        self.key[slot] = request.key
-        self.limit[slot], self.room[slot] = sampling.max_tokens, max_context - start
-        self.run_limit[slot] = sampling.repetition_run_tokens or np.iinfo(np.int64).max
-        self.run_logp[slot] = np.log(sampling.repetition_probability)
-
-    def move(self, source: int, target: int) -> None:
-        for column in vars(self).values():
-            column[target] = column[source]
-
-    def uniform(self, first: int, last: int) -> np.ndarray:
-        """The next random number of each row: number start + count of its stream."""
-        rows = np.arange(first, last)
-        place = self.count[rows] % UNIFORM_CHUNK
-        for row in rows[place == 0]:
-            position = int(self.start[row] + self.count[row])
-            self.random[row] = uniforms(int(self.key[row]), position, UNIFORM_CHUNK)
-        return self.random[rows, place]
-
-    def record(self, first: int, last: int, tokens: np.ndarray, logp: np.ndarray, raw: np.ndarray) -> None:
-        rows = np.arange(first, last)
-        count = self.count[rows]
-        if count.max() >= self.tokens.shape[1]:
-            for name in ("tokens", "logp", "raw_logp"):
-                old = getattr(self, name)
-                setattr(self, name, np.concatenate([old, np.zeros_like(old)], axis=1))
-        self.tokens[rows, count], self.logp[rows, count], self.raw_logp[rows, count] = tokens, logp, raw
-        self.last[rows] = tokens
-        self.run[rows] = np.where(raw > self.run_logp[rows], self.run[rows] + 1, 0)
-        self.count[rows] += 1
-
-    def reasons(self, first: int, last: int, is_stop: np.ndarray) -> dict[int, str]:
-        """Rows whose turn is over, with the reason that comes first."""
-        rows = slice(first, last)
-        finished: dict[int, str] = {}
-        # The context holds `room` more tokens; the last of them is written but never read.
-        for mask, reason in (
-            (self.count[rows] >= self.room[rows], "context"),
-            (self.count[rows] >= self.limit[rows], "max_tokens"),
-            (self.run[rows] >= self.run_limit[rows], "repetition"),
-            (is_stop, "stop_token"),
-        ):
-            for row in np.flatnonzero(mask):
-                finished[first + int(row)] = reason
-        return finished
-
-    def tail(self, row: int, count: int) -> list[int]:
-        end = int(self.count[row])
-        return self.tokens[row, max(0, end - count) : end].tolist()
-
-    def result(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        end = int(self.count[row])
-        return self.tokens[row, :end].copy(), self.logp[row, :end].copy(), self.raw_logp[row, :end].copy()
