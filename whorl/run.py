@@ -17,7 +17,10 @@ from whorl.environments.catalog import make
 from whorl.environments.several import Several
 from whorl.learning import checkpoint
 from whorl.learning.learner import Learner
+from whorl.model.adapter import Lora
 from whorl.model.config import PRESETS, ModelConfig
+from whorl.model.lora import add_lora, merge, policy_parameters, strip, targets_of
+from whorl.model.peft_format import save_adapter
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
 from whorl.player_processes import PlayerProcesses
@@ -28,6 +31,10 @@ from whorl.reporting.trackers import TensorBoard, Tracker, Trackio, WandB
 from whorl.rollouts import Player
 from whorl.sampling.engine import Engine
 from whorl.settings import Settings, from_dict, settings_class
+
+BASE = "base"
+"""The folder of a run with adapters that holds the model they were put on. Its checkpoints hold the adapters, and
+its folder `adapter` the newest of them in peft's format."""
 
 
 @dataclass
@@ -117,6 +124,8 @@ class Run:
         checkpoints = self.directory.path / "checkpoints"
         checkpoint.save(checkpoints, self.step, tensors, state)
         checkpoint.prune(checkpoints, self.settings.keep_checkpoints)
+        if self.model.lora is not None:
+            save_adapter(self.directory.path / "adapter", self.model, str(self.directory.path / BASE))
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint of this run."""
@@ -151,6 +160,8 @@ def start_run(
     config |= {"algorithm": {name: str(v) for name, v in run_parts["algorithm"].settings.items()}}
     directory = RunDirectory.create(config, path)
     run_parts["tokenizer"].save(directory.path / "tokenizer.json")
+    if settings.lora.rank:
+        checkpoint.save_model(directory.path / BASE, run_parts["model"])
     return _run(settings, directory, run_parts, progress)
 
 
@@ -169,6 +180,8 @@ def open_run(
         )
     settings = from_dict(settings_class(directory.config["settings_class"]), directory.config["settings"])
     parts = _assemble(settings, directory)
+    if settings.lora.rank and directory.checkpoint_steps():
+        parts["model"] = checkpoint.load_model(directory.path / BASE)
     run = _run(settings, directory, parts, progress)
     checkpoints = directory.path / "checkpoints"
     chosen = checkpoint.newest(checkpoints) if step is None else directory.checkpoint(step)
@@ -239,7 +252,8 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
             f"unknown model {settings.model!r}; expected one of {', '.join(PRESETS)} or the path of a run "
             "directory"
         )
-    model.checkpoint_activations = settings.checkpoint_activations
+    if settings.lora.rank:
+        targets_of(model, settings.lora)  # refuses targets that it has not
     check_prompts(environment, tokenizer, model.config.max_context)
     return {
         "environment": environment,
@@ -270,15 +284,26 @@ def check_prompts(environment: Environment, tokenizer: Tokenizer, max_context: i
 
 
 def _load_start(path: Path) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of the newest checkpoint of a run directory."""
+    """Model and tokenizer of the newest checkpoint of a run directory; adapters are merged into their base."""
     directory = RunDirectory.open(path)
     newest = checkpoint.newest(path / "checkpoints")
     if newest is None:
         raise ValueError(f"{path} has no checkpoint to start from")
-    model = Transformer(ModelConfig.from_dict(directory.config["model"]))
     tensors, _ = checkpoint.load(newest)
     weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
-    model.load_state_dict(weights)
+    lora = from_dict(Lora, directory.config["settings"].get("lora", {}))
+    if lora.rank:
+        model = add_lora(checkpoint.load_model(path / BASE), lora, seed=0)
+    else:
+        model = Transformer(ModelConfig.from_dict(directory.config["model"]))
+    own = policy_parameters(model)
+    checkpoint.check_tensors(own, weights)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+    if lora.rank:
+        merge(model)
+        strip(model)
     return model, Tokenizer.load(path / "tokenizer.json")
 
 
@@ -286,7 +311,10 @@ def _run(
     settings: Settings, directory: RunDirectory, parts: dict[str, Any], progress: Progress | None
 ) -> Run:
     model, tokenizer, algorithm = parts["model"], parts["tokenizer"], parts["algorithm"]
+    model.checkpoint_activations = settings.checkpoint_activations
     model.to("cuda" if on_cuda(settings) else "cpu")
+    if settings.lora.rank:
+        add_lora(model, settings.lora, settings.seed)
     engine = Engine(
         model, stop_tokens=[tokenizer.end_id], decode_text=tokenizer.decode, max_running=settings.max_running
     )
