@@ -8,12 +8,18 @@ import torch
 
 from whorl.environments.base import Environment
 from whorl.learning import checkpoint
+from whorl.model.adapter import Lora
 from whorl.model.config import PRESETS, ModelConfig
 from whorl.model.formats.pretrained import folder_of, is_checkpoint, load_pretrained
+from whorl.model.lora import add_lora, merge, policy_parameters, strip
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
 from whorl.reporting.run_directory import RunDirectory
-from whorl.settings import Settings
+from whorl.settings import Settings, from_dict
+
+BASE = "base"
+"""The folder of a run with adapters that holds the model they were put on. Its checkpoints hold the adapters, and
+its folder `adapter` the newest of them in peft's format."""
 
 
 class Origin(NamedTuple):
@@ -32,6 +38,8 @@ def origin_of(settings: Settings, environment: Environment, existing: RunDirecto
     """
     source = Path(settings.model)
     place = None if existing is None else existing.config.get("start")
+    if existing is not None and (existing.path / BASE).is_dir():
+        return Origin(checkpoint.load_model(existing.path / BASE), tokenizer_of(existing), place)
     if existing is not None and (settings.model in PRESETS or existing.checkpoint_steps()):
         tokenizer = tokenizer_of(existing)
         return Origin(Transformer(_config_of(existing)).initialise(settings.seed), tokenizer, place)
@@ -91,18 +99,27 @@ def _chosen(path: Path, step: int | None) -> Path:
 
 
 def _from_run(folder: Path) -> Origin:
-    """From a checkpoint of a run."""
+    """From a checkpoint of a run; adapters are merged into their base."""
     if not folder.is_dir():
         raise ValueError(
             f"the run starts from {folder}, which is gone; start a new one from another checkpoint"
         )
     directory = RunDirectory.open(folder.parent.parent)
-    model = Transformer(_config_of(directory))
     tensors, _ = checkpoint.load(folder)
     weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
-    if model.config.tied:
-        weights["lm_head.weight"] = weights["embed_tokens.weight"]
-    model.load_state_dict(weights)
+    lora = from_dict(Lora, directory.config["settings"].get("lora", {}))
+    if lora.rank:
+        model = add_lora(checkpoint.load_model(directory.path / BASE), lora, seed=0)
+    else:
+        model = Transformer(_config_of(directory))
+    own = policy_parameters(model)
+    checkpoint.check_tensors(own, weights)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+    if lora.rank:
+        merge(model)
+        strip(model)
     return Origin(model, tokenizer_of(directory), str(folder.resolve()))
 
 

@@ -33,7 +33,9 @@ import torch
 
 from whorl.data import Group, Problem
 from whorl.environments.base import Environment
+from whorl.model.adapter import Lora
 from whorl.model.config import ModelConfig
+from whorl.model.lora import add_lora
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
 from whorl.reporting.console import Advance
@@ -54,6 +56,7 @@ class _Setup:
     tokenizer: Tokenizer
     seed: int
     config: ModelConfig
+    lora: Lora | None
     dtype: torch.dtype
     engine: dict[str, Any]
 
@@ -388,7 +391,10 @@ def _pickled_setup(player: Player) -> bytes:
         "max_cached_tokens": engine.max_cached_tokens,
     }
     dtype = engine.model.embed_tokens.weight.dtype
-    setup = _Setup(player.environment, player.tokenizer, player.seed, engine.model.config, dtype, settings)
+    model = engine.model
+    setup = _Setup(
+        player.environment, player.tokenizer, player.seed, model.config, model.lora, dtype, settings
+    )
     try:
         return pickle.dumps(setup)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -420,7 +426,10 @@ def serve(connection_fd: int, setup_fd: int, weights_fd: int) -> None:
 
 def _player(setup_fd: int, weights_fd: int) -> Player:
     setup: _Setup = pickle.loads(os.pread(setup_fd, os.fstat(setup_fd).st_size, 0))
-    model = Transformer(setup.config).to(setup.dtype)
+    model = Transformer(setup.config)
+    if setup.lora is not None:
+        add_lora(model, setup.lora, seed=0)  # only the shapes: the values are mapped
+    model.to(setup.dtype)
     _map_parameters(model, weights_fd, write=False)
     engine = Engine(model, **setup.engine)
     return Player(setup.environment, engine, setup.tokenizer, setup.seed)

@@ -19,9 +19,11 @@ from whorl.environments.catalog import make
 from whorl.environments.several import Several
 from whorl.learning import checkpoint
 from whorl.learning.learner import Learner
+from whorl.model.lora import add_lora, targets_of
+from whorl.model.peft_format import save_adapter
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
-from whorl.origin import origin_of
+from whorl.origin import BASE, origin_of
 from whorl.player_processes import PlayerProcesses
 from whorl.reporting.console import Progress, Silent
 from whorl.reporting.glossary import check_names
@@ -124,6 +126,8 @@ class Run:
         checkpoints = self.directory.path / "checkpoints"
         checkpoint.save(checkpoints, self.step, tensors, state)
         checkpoint.prune(checkpoints, self.settings.keep_checkpoints, self.step)
+        if self.model.lora is not None:
+            save_adapter(self.directory.path / "adapter", self.model, str(self.directory.path / BASE))
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
     @property
@@ -179,6 +183,8 @@ def start_run(
     config |= {"algorithm": {name: str(v) for name, v in run_parts["algorithm"].settings.items()}}
     config |= {"tokenizer": tokenizer.fingerprint, "start": run_parts["start"]}
     directory = RunDirectory.create(config, path, files={"tokenizer.json": tokenizer.to_json().encode()})
+    if settings.lora.rank:
+        checkpoint.save_model(directory.path / BASE, run_parts["model"])
     return _run(settings, directory, run_parts, progress)
 
 
@@ -282,7 +288,8 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
     environment = make(settings.environment)
     algorithm = settings.resolve_algorithm()
     model, tokenizer, start = origin_of(settings, environment, existing)
-    model.checkpoint_activations = settings.checkpoint_activations
+    if settings.lora.rank:
+        targets_of(model, settings.lora)  # refuses targets that it has not
     check_prompts(environment, tokenizer, model.config.max_context)
     return {
         "environment": environment,
@@ -317,7 +324,10 @@ def _run(
     settings: Settings, directory: RunDirectory, parts: dict[str, Any], progress: Progress | None
 ) -> Run:
     model, tokenizer, algorithm = parts["model"], parts["tokenizer"], parts["algorithm"]
+    model.checkpoint_activations = settings.checkpoint_activations
     model.to("cuda" if on_cuda(settings) else "cpu")
+    if settings.lora.rank:
+        add_lora(model, settings.lora, settings.seed)
     engine = Engine(
         model,
         stop_tokens=[tokenizer.end_id],

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from whorl.algorithms.algorithm import Algorithm
 from whorl.algorithms.catalog import algorithm_named, with_settings
 from whorl.learning.optimizer import OptimizerSettings
+from whorl.model.adapter import Lora
 from whorl.sampling.draw import Sampling
 
 
@@ -76,6 +77,8 @@ class Settings:
     """Row of the catalogue with settings: CISPO,ratio_max=4.0,average=token_mean. `whorl list` shows the names."""
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=128))
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(3e-4, warmup_steps=5))
+    lora: Lora = field(default_factory=Lora)
+    """Train low-rank adapters and leave the model's own weights as they are (--lora.rank 8)."""
     curriculum: str = "uniform"
     """Which problems come next: uniform, or difficulty_band (problems that are neither solved nor hopeless)."""
     num_steps: int = 100

@@ -153,8 +153,11 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
 def save_model(path: Path, model: Transformer, tokenizer_json: str | None = None) -> None:
     """Write `config.json`, `model.safetensors` and, if given, `tokenizer.json` as the folder `path`.
 
-    A folder that is already there is replaced, provided that it holds a model; ValueError otherwise.
+    A folder that is already there is replaced, provided that it holds a model; ValueError otherwise, and for a
+    model with adapters (`whorl.model.peft_format` writes those, `whorl.model.lora.merge` and `strip` remove them).
     """
+    if model.lora is not None:
+        raise ValueError("the model has adapters; merge and strip them, or save them with save_adapter")
     if path.exists() and not (path / "model.safetensors").is_file():
         raise ValueError(f"{path} exists and holds no model; choose a new folder")
 

@@ -16,7 +16,6 @@ up gradients and metrics, so the update and every metric is that of the whole ba
 may be empty, or hold no token that is trained.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -33,9 +32,11 @@ from whorl.learning.head import logp_and_entropy, logp_of
 from whorl.learning.optimizer import Optimizer, OptimizerSettings
 from whorl.learning.packing import layout_of, micro_batches, with_prefixes
 from whorl.learning.ranks import add_gradients, from_every_rank
+from whorl.learning.reference import Reference
 from whorl.learning.seen import Seen, first_fault, weight_fault
 from whorl.model.experts import Routing, load_balance_loss
 from whorl.model.layout import Fork, Layout
+from whorl.model.lora import policy_parameters
 from whorl.model.transformer import Hidden, Transformer
 
 Result = TypeVar("Result")
@@ -86,7 +87,7 @@ class Learner:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
             self.value_head = head
-        self.reference: Transformer | None = None
+        self.reference: Reference | None = None
         if reference:
             self.set_reference()
         self.optimizer = Optimizer(self._parameters().items(), settings)
@@ -113,7 +114,8 @@ class Learner:
         """As `logprobs`, under the frozen reference policy."""
         if self.reference is None:
             raise ValueError("this learner keeps no reference policy; build it with reference=True")
-        return self._read(batch, self.reference, self._logp)
+        with self.reference.model() as model:
+            return self._read(batch, model, self._logp)
 
     def values(self, batch: Batch) -> Float[Tensor, " N"]:
         """The critic's estimate before each token is written (from the state after the token before it).
@@ -123,14 +125,17 @@ class Learner:
         return self._read(batch, self.model, lambda model, hidden_MD, target_M: self._value(hidden_MD))
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's parameters by name, for a sampler: the live tensors, which the next update changes."""
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+        """The policy's parameters by name, for a sampler: the live tensors, which the next update changes.
+
+        Of a model with adapters only those: the base is what the sampler has.
+        """
+        return {name: p.detach() for name, p in policy_parameters(self.model).items()}
 
     # Learning.
 
     def set_reference(self) -> None:
         """Make the present policy the reference."""
-        self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        self.reference = Reference(self.model)
 
     def forward_backward(
         self, batch: Batch, terms: Sequence[Term], *, compare_sampler: bool = False
@@ -281,16 +286,16 @@ class Learner:
         self._pending, self.fault = False, ""
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        trained = {f"model/{name}": p for name, p in self.model.named_parameters()}
+        trained = {f"model/{name}": p for name, p in policy_parameters(self.model).items()}
         if self.value_head is not None:
             trained |= {f"value_head/{name}": p for name, p in self.value_head.named_parameters()}
         return trained
 
     def _kept(self) -> dict[str, Tensor]:
-        """Everything but the moments. Parameters by name: a tied head is one tensor, stored once."""
+        """Everything but the moments, and the base of adapters. Parameters by name: a tied head is stored once."""
         kept: dict[str, Tensor] = {name: p.detach() for name, p in self._parameters().items()}
         if self.reference is not None:
-            kept |= {f"reference/{name}": p for name, p in self.reference.named_parameters()}
+            kept |= {f"reference/{name}": p for name, p in self.reference.tensors().items()}
         if self._share_LE.numel():
             kept["router/share_LE"] = self._share_LE
         return kept

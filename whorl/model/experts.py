@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whorl.model.adapter import Adapter, linear_in
 from whorl.model.config import ModelConfig
 
 
@@ -52,22 +53,35 @@ class Experts(nn.Module):
         self.gate = nn.Linear(D, E, bias=False)
         self.gate_up = nn.Parameter(torch.empty(E, 2 * ffn, D))
         self.down = nn.Parameter(torch.empty(E, D, ffn))
+        self.gate_up_lora: Adapter | None = None
+        self.down_lora: Adapter | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         N, k = len(x), self.k
         # The router runs in fp32 throughout: bf16 logits flip close calls between sampler and learner.
         wide = torch.promote_types(x.dtype, torch.float32)
-        probs_NE = F.linear(x.to(wide), self.gate.weight.to(wide)).softmax(dim=-1)
+        probs_NE = linear_in(self.gate, x, wide).softmax(dim=-1)
         top, chosen = probs_NE.topk(k, dim=-1)
         weight = (top / top.sum(dim=-1, keepdim=True) if self.renormalised else top).to(x.dtype)
         expert, order = chosen.flatten().sort(stable=True)
         ends = torch.bincount(expert, minlength=self.num_experts).cumsum(0).to(torch.int32)
-        rows = _grouped(x[order // k], self.gate_up, ends)
-        rows = _grouped(swiglu(rows), self.down, ends)
+        rows = _adapted(x[order // k], self.gate_up, self.gate_up_lora, ends)
+        rows = _adapted(swiglu(rows), self.down, self.down_lora, ends)
         rows = rows * weight.flatten()[order, None]
         back = torch.empty_like(order)
         back[order] = torch.arange(N * k, device=order.device)
         return rows[back].view(N, k, -1).sum(dim=1), Routing(probs_NE, chosen)
+
+
+def _adapted(rows: Tensor, weight: Tensor, adapter: Adapter | None, ends: Tensor) -> Tensor:
+    """`_grouped` with each expert's own adapter."""
+    out = _grouped(rows, weight, ends)
+    if adapter is None or not adapter.used:
+        return out
+    # The kernel wants rows of whole 16 bytes: further ranks of zeros add nothing.
+    missing = -adapter.A.shape[1] % 8
+    A, B = F.pad(adapter.A, (0, 0, 0, missing)), F.pad(adapter.B, (0, missing))
+    return out + _grouped(adapter.scale * _grouped(rows, A.to(rows.dtype), ends), B.to(rows.dtype), ends)
 
 
 def _grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from whorl.model.adapter import Lora, linear_in, products
 from whorl.model.attention import LightningAttention, RMSNorm, SoftmaxAttention, Step, rotation
 from whorl.model.config import ModelConfig
 from whorl.model.experts import DenseFeedForward, Experts, Routing
@@ -75,6 +75,8 @@ class Transformer(nn.Module):
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.checkpoint_activations = False
+        self.lora: Lora | None = None
+        """The settings of its adapters, if `whorl.model.lora.add_lora` gave it some."""
 
     @torch.no_grad()
     def initialise(self, seed: int) -> "Transformer":
@@ -149,7 +151,11 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[..., V]` of hidden states `[..., D]`."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        return F.linear(hidden.to(wide), self.lm_head.weight.to(wide))
+        return linear_in(self.lm_head, hidden, wide)
+
+    def head_products(self, hidden_MD: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Pairs `x [M, k]` (fp32 or wider), `w [V, k]` (as stored) whose products `x w^T` add up to the logits."""
+        return products(self.lm_head, hidden_MD, torch.promote_types(hidden_MD.dtype, torch.float32))
 
 
 _ONE_TOKEN = Layout(torch.tensor([0, 1]))

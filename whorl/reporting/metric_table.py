@@ -183,7 +183,7 @@ METRICS: tuple[Metric, ...] = (
          "learning rate of the step's last update", "follows the recipe's schedule", 0),
         ("skipped_updates", "updates", "updates not taken because the gradient was not finite",
          "any is worth a look", 0, 0),
-        ("weight_norm", "1", "Euclidean norm of all parameters", "drifts slowly"),
+        ("weight_norm", "1", "Euclidean norm of the parameters that are trained", "drifts slowly"),
         ("trained_tokens", "tokens",
          "trained tokens in the step's global batch", "the denominator of token means"),
     ),

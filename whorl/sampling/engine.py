@@ -20,6 +20,7 @@ from torch import Tensor
 
 from whorl.data import cu_seqlens_of
 from whorl.model.layout import Layout
+from whorl.model.lora import policy_parameters
 from whorl.model.state import State
 from whorl.model.transformer import Transformer
 from whorl.sampling.draw import DrawSettings, draw
@@ -124,8 +125,12 @@ class Engine:
         return future.result()
 
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Take the learner's weights (a no-op for tensors that are shared) and its policy version."""
-        own = self.model.state_dict(keep_vars=True)
+        """Take the learner's weights (a no-op for tensors that are shared) and its policy version.
+
+        Of a model with adapters those are the adapters. The sampler runs them as the learner does, unmerged:
+        a merged weight would be rounded otherwise than what is trained.
+        """
+        own = policy_parameters(self.model)
         missing = sorted(set(own) ^ set(weights))
         if missing:
             raise ValueError(f"weights do not fit the sampler's model: {missing[0]} is on one side only")
