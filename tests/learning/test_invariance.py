@@ -57,7 +57,16 @@ def test_any_cut_and_any_order_give_the_same_gradient(name):
             assert relative(gradient(learner, part, algorithm, budget), whole) < 1e-12
 
 
-@pytest.mark.parametrize("config", [{"tied": True}, {"num_experts": 0}, {"softmax_period": 0}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tied": True},
+        {"num_experts": 0},
+        {"softmax_period": 0},
+        {"dense_layers": (0,), "router_renormalised": False},
+        {"softmax_period": 1, "sliding_window": 3, "beta": 0.7},
+    ],
+)
 def test_so_it_is_for_other_models(config):
     algorithm = ALGORITHMS["CISPO"]
     learner, batch = learner_and_batch(algorithm, **config)

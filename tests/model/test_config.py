@@ -50,6 +50,16 @@ def test_a_configuration_survives_a_dictionary(name):
     assert ModelConfig.from_dict(json.loads(json.dumps(CONFIGS[name].to_dict()))) == CONFIGS[name]
 
 
+def test_what_runs_of_version_0_1_recorded_is_still_read():
+    recorded = {
+        "vocab_size": 256, "width": 160, "num_layers": 2, "num_heads": 4, "head_dim": 40, "ffn_width": 256,
+        "num_kv_heads": 2, "softmax_period": 2, "num_experts": 4, "experts_per_token": 2, "residual": "post",
+        "alpha": None, "rotary_dim": 20, "rope_theta": 10000.0, "qk_norm": False, "qkv_bias": False, "tied": False,
+        "norm_eps": 1e-05, "lightning_norm_eps": 1e-06, "max_context": 1024, "init_std": 0.05,
+    }  # fmt: skip
+    assert ModelConfig.from_dict(recorded) == m1_nano()
+
+
 def test_unknown_settings_are_named():
     with pytest.raises(ValueError, match="unknown settings hidden_size, layers"):
         ModelConfig.from_dict(SMALL | {"layers": 2, "hidden_size": 3})

@@ -6,13 +6,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
 
 from whorl.data import cu_seqlens_of
+from whorl.model.formats.pretrained import load_pretrained
 from whorl.model.layout import Layout
 from whorl.model.transformer import Transformer
 
@@ -109,3 +110,53 @@ def our_logits(model: Transformer, *sequences: Tensor) -> list[Tensor]:
 
 def gap(a: Tensor, b: Tensor) -> float:
     return float((a.detach() - b.detach()).abs().max())
+
+
+class Differences(NamedTuple):
+    """max |logit difference| to transformers, and the worst parameter's relative gradient difference."""
+
+    alone: float
+    packed: float
+    left_padded: float
+    gradient: float
+    largest_logit: float
+
+
+def differences(name: str, folder: Path) -> Differences:
+    """Sequences of 40, 19 and 1 tokens: each alone, ours packed into one row, theirs padded at the left."""
+    model = theirs(name)
+    ours = load_pretrained(saved(model, folder / "theirs")).model
+    sequences = tokens_of(40, 19, 1)
+    expected = [their_logits(model, tokens) for tokens in sequences]
+    alone = [our_logits(ours, tokens)[0] for tokens in sequences]
+    packed = our_logits(ours, *sequences)
+    ids, mask = torch.zeros(3, 40, dtype=torch.int64), torch.zeros(3, 40, dtype=torch.int64)
+    for row, tokens in enumerate(sequences):
+        ids[row, 40 - len(tokens) :], mask[row, 40 - len(tokens) :] = tokens, 1
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask, position_ids=places).logits
+    return Differences(
+        max(map(gap, alone, expected)),
+        max(map(gap, packed, expected)),
+        max(gap(padded[row, 40 - len(logits) :], logits) for row, logits in enumerate(packed)),
+        _gradient_difference(model, ours, folder),
+        max(float(logits.abs().max()) for logits in expected),
+    )
+
+
+def _gradient_difference(model, ours: Transformer, folder: Path) -> float:
+    [tokens] = tokens_of(40)
+    weight = torch.randn(40, 61, generator=torch.Generator().manual_seed(2))
+    (model(input_ids=tokens[None]).logits[0].log_softmax(-1) * weight).sum().backward()
+    hidden = ours(tokens, Layout(cu_seqlens_of([40]))).hidden_ND
+    (ours.logits(hidden).log_softmax(-1) * weight).sum().backward()
+    # Their gradients, saved as if they were weights, come back under our names.
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+    expected = load_pretrained(saved(model, folder / "gradients", state_dict=gradients)).model
+    worst = 0.0
+    for key, parameter in ours.named_parameters():
+        assert parameter.grad is not None, f"{key} has no gradient"
+        reference = expected.get_parameter(key).detach()
+        worst = max(worst, gap(parameter.grad, reference) / float(reference.abs().max()))
+    return worst

@@ -7,12 +7,19 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.parity.families import FAMILIES, gap, our_logits, saved, their_logits, theirs, tokens_of
-from whorl.data import cu_seqlens_of
+from tests.parity.families import (
+    FAMILIES,
+    differences,
+    gap,
+    our_logits,
+    saved,
+    their_logits,
+    theirs,
+    tokens_of,
+)
 from whorl.model.formats.base import explicit
 from whorl.model.formats.keys import Keys
 from whorl.model.formats.pretrained import BUFFERS, load_pretrained, save_pretrained
-from whorl.model.layout import Layout
 
 LIMIT = 2e-5
 GRADIENT_LIMIT = 1e-4
@@ -20,44 +27,11 @@ families = pytest.mark.parametrize("name", FAMILIES)
 
 
 @families
-def test_logits_are_those_of_transformers_alone_packed_and_left_padded(name, tmp_path):
-    model = theirs(name)
-    ours = load_pretrained(saved(model, tmp_path / "theirs")).model
-    sequences = tokens_of(40, 19, 1)
-    expected = [their_logits(model, tokens) for tokens in sequences]
-    assert max(float(logits.abs().max()) for logits in expected) > 1  # or agreement would mean little
-    for tokens, logits in zip(sequences, expected, strict=True):
-        assert gap(our_logits(ours, tokens)[0], logits) <= LIMIT
-    packed = our_logits(ours, *sequences)
-    assert max(gap(a, b) for a, b in zip(packed, expected, strict=True)) <= LIMIT
-
-    ids, mask = torch.zeros(3, 40, dtype=torch.int64), torch.zeros(3, 40, dtype=torch.int64)
-    for row, tokens in enumerate(sequences):
-        ids[row, 40 - len(tokens) :], mask[row, 40 - len(tokens) :] = tokens, 1
-    with torch.no_grad():
-        padded = model(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
-        ).logits
-    for row, logits in enumerate(packed):
-        assert gap(padded[row, 40 - len(logits) :], logits) <= LIMIT
-
-
-@families
-def test_gradients_of_all_parameters_are_those_of_transformers(name, tmp_path):
-    model = theirs(name)
-    ours = load_pretrained(saved(model, tmp_path / "theirs")).model
-    [tokens] = tokens_of(40)
-    weight = torch.randn(40, 61, generator=torch.Generator().manual_seed(2))
-    (model(input_ids=tokens[None]).logits[0].log_softmax(-1) * weight).sum().backward()
-    hidden = ours(tokens, Layout(cu_seqlens_of([40]))).hidden_ND
-    (ours.logits(hidden).log_softmax(-1) * weight).sum().backward()
-    # Their gradients, saved as if they were weights, come back under our names.
-    gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
-    expected = load_pretrained(saved(model, tmp_path / "gradients", state_dict=gradients)).model
-    for key, parameter in ours.named_parameters():
-        assert parameter.grad is not None
-        reference = expected.get_parameter(key).detach()
-        assert gap(parameter.grad, reference) <= GRADIENT_LIMIT * float(reference.abs().max()), key
+def test_logits_and_gradients_are_those_of_transformers(name, tmp_path):
+    found = differences(name, tmp_path)
+    assert found.largest_logit > 1  # or agreement would mean little
+    assert max(found.alone, found.packed, found.left_padded) <= LIMIT
+    assert found.gradient <= GRADIENT_LIMIT
 
 
 @families

@@ -8,17 +8,14 @@ import json
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import whorl.model.attention as attention
-from tests.model import plain
-from tests.model.shapes import weights_of
 from tests.parity.families import gap, our_logits, saved, their_logits, theirs, tokens_of
+from tests.parity.faults import FAULTS, departure
 from whorl.data import cu_seqlens_of
-from whorl.kernels.lightning import lightning
 from whorl.model.formats.base import explicit
 from whorl.model.formats.pretrained import BUFFERS, load_pretrained
 from whorl.model.layout import Layout
@@ -26,7 +23,7 @@ from whorl.model.state import State
 
 LIMIT = 2e-5
 VISIBLE = 1e-2
-"""A fault moves some log-probability by more than this."""
+"""A fault moves some log-probability by more nats than this, or a state by a larger share."""
 
 RELEASE_SPELLING = {
     "linear_attn_alpha_factor": "layernorm_linear_attention_alpha",
@@ -115,12 +112,6 @@ def test_one_token_at_a_time_is_what_transformers_does_with_its_cache(tmp_path):
 # -- the layer's parts, each against transformers and against the known mistake ----------------------------
 
 
-def judged(model, tokens, config, weights, *defects) -> float:
-    """max |their log p - the statement's|, with mistakes put into the statement."""
-    found = their_logits(model, tokens).log_softmax(-1).double().numpy()
-    return np.abs(found - plain.log_probs(config, weights, tokens.numpy(), defects)).max()
-
-
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -143,116 +134,42 @@ def test_a_part_of_the_layer_is_the_checkpoints_and_not_the_known_mistake(mistak
     [tokens] = tokens_of(40)
     assert ours.config.lightning_norm_eps == 1e-6 and ours.config.norm_eps == 1e-5
     assert gap(our_logits(ours, tokens)[0], their_logits(model, tokens)) <= LIMIT
-    assert judged(model, tokens, ours.config, weights_of(ours)) <= LIMIT
-    assert judged(model, tokens, ours.config, weights_of(ours), mistake) > 10 * LIMIT
+    assert departure(model, ours, tokens) <= LIMIT
+    assert departure(model, ours, tokens, mistake) > 10 * LIMIT
 
 
-# -- the known faults of transformers ------------------------------------------------------------------------
+# -- the known faults of transformers (tests/parity/faults.py) -----------------------------------------------
 
 
-def departures(model, ours, tokens):
-    """How far theirs and ours are from the statement, in nats."""
-    expected = plain.log_probs(ours.config, weights_of(ours), tokens.numpy())
-    found = our_logits(ours, tokens)[0].log_softmax(-1).double().numpy()
-    return judged(model, tokens, ours.config, weights_of(ours)), np.abs(found - expected).max()
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_of_transformers_is_not_ours(fault, tmp_path):
+    found = fault(tmp_path)
+    assert found.theirs > VISIBLE
+    assert found.ours <= LIMIT
 
 
-def test_64_of_128_dimensions_are_rotated_where_transformers_rotates_all(tmp_path):
+def test_control_rotating_all_dimensions_is_what_transformers_does(tmp_path):
+    """It is this fault and no other: with it the statement is what they compute, and so is our code."""
     model = theirs("minimax", head_dim=128, rotary_dim=64)
     ours = load_pretrained(saved(model, tmp_path / "theirs")).model
     [tokens] = tokens_of(40)
     assert ours.config.rotary_dim == 64
-    their_departure, our_departure = departures(model, ours, tokens)
-    assert our_departure <= LIMIT and their_departure > VISIBLE
-    # It is this fault and no other: rotating all, the statement is what they compute. And so is our code.
-    weights = weights_of(ours)
-    assert judged(model, tokens, ours.config, weights, "rotary over the whole head") <= LIMIT
-    everything = replace(ours.config, rotary_dim=None)
-    ours.config = everything
+    assert departure(model, ours, tokens, "rotary over the whole head") <= LIMIT
+    ours.config = replace(ours.config, rotary_dim=None)
     assert gap(our_logits(ours, tokens)[0], their_logits(model, tokens)) <= LIMIT
 
 
-def test_several_tokens_continue_a_sequence_where_transformers_masks_them_wrongly(tmp_path):
-    model = theirs("minimax")
-    model.set_attn_implementation("sdpa")  # with "eager" the mask does not even fit: it fails
-    ours = load_pretrained(saved(model, tmp_path / "theirs")).model
-    [tokens] = tokens_of(40)
-    expected = plain.log_probs(ours.config, weights_of(ours), tokens.numpy())[30:]
-    state = State(ours.config, 1)
-    with torch.no_grad():
-        cache = model(input_ids=tokens[None, :30], use_cache=True).past_key_values
-        theirs_ = model(
-            input_ids=tokens[None, 30:],
-            past_key_values=cache,
-            position_ids=torch.arange(30, 40)[None],
-            use_cache=True,
-        ).logits[0]
-        ours(tokens[:30], Layout(cu_seqlens_of([30])), state, torch.tensor([0]))
-        hidden = ours(tokens[30:], Layout(cu_seqlens_of([10])), state, torch.tensor([0])).hidden_ND
-        found = ours.logits(hidden)
-    assert np.abs(found.log_softmax(-1).double().numpy() - expected).max() <= LIMIT
-    assert np.abs(theirs_.log_softmax(-1).double().numpy() - expected).max() > VISIBLE
+def test_control_with_the_slopes_of_transformers_twelve_heads_are_theirs(tmp_path, monkeypatch):
+    def their_slopes(num_heads, layer, num_layers):
+        """Without the interleaving of numbers that are no power of two, and l / (L - 1 + 1e-5)."""
+        series = torch.tensor([2.0 ** (-8.0 * (h + 1) / num_heads) for h in range(num_heads)])
+        return series * (1 - layer / (num_layers - 1 + 1e-5) + 1e-5)
 
-
-def test_packed_sequences_do_not_see_each_other_where_those_of_transformers_do(tmp_path):
-    model = theirs("minimax")
-    ours = load_pretrained(saved(model, tmp_path / "theirs")).model
-    first, second = tokens_of(25, 15)
-    expected = plain.log_probs(ours.config, weights_of(ours), second.numpy())
-    with torch.no_grad():
-        places = torch.cat([torch.arange(25), torch.arange(15)])[None]
-        theirs_ = model(input_ids=torch.cat([first, second])[None], position_ids=places).logits[0, 25:]
-    found = our_logits(ours, first, second)[1]
-    assert np.abs(found.log_softmax(-1).double().numpy() - expected).max() <= LIMIT
-    assert np.abs(theirs_.log_softmax(-1).double().numpy() - expected).max() > VISIBLE
-
-
-def test_twelve_heads_decay_as_the_releases_code_has_it_and_not_as_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "slopes", their_slopes)
     model = theirs("minimax", num_attention_heads=12, num_key_value_heads=4, head_dim=8)
     ours = load_pretrained(saved(model, tmp_path / "theirs")).model
     [tokens] = tokens_of(40)
-    their_departure, our_departure = departures(model, ours, tokens)
-    assert our_departure <= LIMIT and their_departure > VISIBLE
-    # Control: with their slopes put in, ours is theirs and departs from the statement as far.
-    monkeypatch.setattr(attention, "slopes", their_slopes)
-    again = load_pretrained(tmp_path / "theirs").model
-    assert gap(our_logits(again, tokens)[0], their_logits(model, tokens)) <= LIMIT
-    assert departures(model, again, tokens)[1] > VISIBLE
-
-
-def their_slopes(num_heads, layer, num_layers):
-    """Without the interleaving of numbers that are no power of two, and l / (L - 1 + 1e-5)."""
-    series = torch.tensor([2.0 ** (-8.0 * (h + 1) / num_heads) for h in range(num_heads)])
-    return series * (1 - layer / (num_layers - 1 + 1e-5) + 1e-5)
-
-
-def test_decay_stays_in_fp32_in_a_model_loaded_in_bf16(tmp_path):
-    """Slow heads: after 512 tokens a bf16 decay has kept percents too much or too little of the state."""
-    source = saved(theirs("minimax"), tmp_path / "theirs")
-    theirs_ = type(theirs("minimax")).from_pretrained(source, dtype=torch.bfloat16)
-    ours = load_pretrained(source, torch.bfloat16).model
-    assert ours.embed_tokens.weight.dtype == torch.bfloat16
-    layer = 2
-    slope_H = ours.layers[layer].self_attn.slope_H(torch.device("cpu"))
-    exact = plain.head_slopes(4, layer, 4)
-    assert slope_H.dtype == torch.float32
-    assert np.abs(slope_H.double().numpy() / exact - 1).max() <= 1e-7
-    their_slope = theirs_.model.layers[layer].self_attn.slope_rate
-    assert their_slope.dtype == torch.bfloat16
-
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 4, 512, 8, generator=generator).bfloat16() for _ in range(3))
-    _, state = lightning(q, k, v, slope_H)
-    assert state is not None and state.dtype == torch.float32
-    expected, rounded = np.zeros((2, 4, 8, 8))
-    ratio = torch.exp(-their_slope)[:, 0, 0].double().numpy()
-    for t in range(512):
-        added = k[0, :, t].double().numpy()[:, :, None] * v[0, :, t].double().numpy()[:, None, :]
-        expected = np.exp(-exact)[:, None, None] * expected + added
-        rounded = ratio[:, None, None] * rounded + added
-    size = np.abs(expected).max()
-    assert np.abs(state[0].double().numpy() - expected).max() <= 1e-5 * size
-    assert np.abs(rounded - expected).max() > 1e-2 * size
+    assert gap(our_logits(ours, tokens)[0], their_logits(model, tokens)) <= LIMIT
 
 
 def test_the_decay_buffers_of_a_checkpoint_are_not_read(tmp_path):

@@ -78,7 +78,6 @@ def save_pretrained(
     `format` None: the first that holds the model. ValueError names the settings that a format has no place
     for. `beside` is a checkpoint folder whose tokenizer and generation settings go along.
     """
-    target = Path(target)
     if target.exists():
         raise ValueError(f"{target} exists already; choose a new folder")
     format = format or format_for(model.config)
@@ -96,9 +95,9 @@ def save_pretrained(
     try:
         settings = _settings_to_write(format, model, beside)
         (writing / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        for name in BESIDE if beside is not None else ():
-            if (Path(beside) / name).is_file():  # type: ignore[arg-type]
-                shutil.copyfile(Path(beside) / name, writing / name)  # type: ignore[arg-type]
+        present = [file for file in beside.iterdir() if file.name in BESIDE] if beside else []
+        for file in present:
+            shutil.copyfile(file, writing / file.name)
         shards.write(writing, sizes, tensors, max_shard_bytes)
         writing.rename(target)
     except BaseException:
@@ -132,7 +131,8 @@ def folder_of(source: str | Path, *, weights: bool = True) -> Path:
         raise ValueError(
             f"{source} is no folder here; models on the hub need the extra: pip install 'whorl[hf]'"
         ) from error
-    files = [CONFIG, *BESIDE, "*.safetensors", shards.INDEX] if weights else [CONFIG]
+    # Some repositories hold the weights a second time, under names that begin otherwise.
+    files = [CONFIG, *BESIDE, "model*.safetensors", shards.INDEX] if weights else [CONFIG]
     try:
         return Path(snapshot_download(str(source), allow_patterns=files))
     except Exception as error:  # a dozen kinds, of three libraries
@@ -221,8 +221,8 @@ def _check(
 def _settings_to_write(format: Format, model: Transformer, beside: Path | None) -> dict[str, Any]:
     """The format's settings over what a source says without function (ids of special tokens and such)."""
     kept: dict[str, Any] = {}
-    if beside is not None and (Path(beside) / CONFIG).is_file():
-        settings = read_settings(Path(beside))
+    if beside is not None and (beside / CONFIG).is_file():
+        settings = read_settings(beside)
         # Code of the source does not go along, so what names it must not either.
         kept = {name: settings[name] for name in settings if name in NO_FUNCTION and name != "auto_map"}
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")

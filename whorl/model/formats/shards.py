@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What weights may be stored in."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def write(folder: Path, sizes: Mapping[str, int], tensors: Iterator[tuple[str, T
     for number, names in enumerate(shards, 1):
         file = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         # Copies: safetensors refuses two views of one storage, which is what gate and up are.
-        shard = {name: next_of(tensors, name).detach().cpu().clone() for name in names}
+        shard = {name: _next_of(tensors, name).detach().cpu().clone() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         place |= dict.fromkeys(names, file)
     if count > 1:
@@ -88,7 +90,7 @@ def write(folder: Path, sizes: Mapping[str, int], tensors: Iterator[tuple[str, T
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def next_of(tensors: Iterator[tuple[str, Tensor]], expected: str) -> Tensor:
+def _next_of(tensors: Iterator[tuple[str, Tensor]], expected: str) -> Tensor:
     name, tensor = next(tensors)
     assert name == expected, f"tensors out of order: {name} where {expected} was announced"
     return tensor
@@ -109,7 +111,3 @@ def _opened(file: Path):
             f"{file} cannot be read ({error}); it has {file.stat().st_size} bytes and may be cut short: "
             "download it again"
         ) from error
-
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What weights may be stored in."""
