@@ -1,7 +1,7 @@
 """Named tensors in a folder of safetensors files: read one file after the other, written in files of a size.
 
 Files are mapped into memory, not read: a tensor's bytes come from the disk when it is copied to where it
-belongs, and no file is mapped longer than its turn takes.
+belongs, and no file stays mapped when much of it has been read.
 """
 
 import json
@@ -17,6 +17,10 @@ from torch import Tensor
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What weights may be stored in."""
+
+
+MAPPED_BYTES = 2**25
+"""How much of a file is read before it is mapped anew; one tensor may be larger."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,17 @@ def stream(found: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
     for name, entry in found.items():
         by_file.setdefault(entry.file, []).append(name)
     for file, names in by_file.items():
-        with _opened(file) as tensors:
-            for name in names:
-                yield name, tensors.get_tensor(name)
+        waiting = iter(names)
+        name = next(waiting, None)
+        while name is not None:
+            # Pages that were read count as this process's memory until the map is gone, so it is made anew.
+            mapped = 0
+            with _opened(file) as tensors:
+                while name is not None and mapped < MAPPED_BYTES:
+                    tensor = tensors.get_tensor(name)
+                    mapped += tensor.nbytes
+                    yield name, tensor
+                    name = next(waiting, None)
 
 
 def write(folder: Path, sizes: Mapping[str, int], tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:
