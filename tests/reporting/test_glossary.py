@@ -77,6 +77,15 @@ def test_an_exact_name_wins_over_a_family(monkeypatch):
         describe.cache_clear()
 
 
+def test_times_speeds_and_memory_are_of_the_machine_and_nothing_else_is():
+    """The rest has to be the same in a resumed run."""
+    for metric in METRICS:
+        by_name = metric.name.endswith(("_seconds", "_per_second", "_gib"))
+        assert metric.of_the_machine == by_name, metric.name
+    assert describe("step_seconds").of_the_machine
+    assert not describe("generated_tokens").of_the_machine
+
+
 def test_a_healthy_range_holds_its_ends_and_never_nan():
     metric = Metric("x", "1", "f", "r", low=0.1, high=0.9)
     assert metric.is_healthy(0.1)

@@ -46,6 +46,11 @@ class Metric:
         return math.isfinite(value) and above and below
 
     @property
+    def of_the_machine(self) -> bool:
+        """Whether the value is a time, a speed or memory: it differs between two runs that do the same."""
+        return self.unit in ("s", "tokens/s", "GiB")
+
+    @property
     def healthy_range(self) -> str:
         """The range in words: `0.1 to 0.9`, `at most 1`, `at least 0`, or `finite`."""
         if self.low is not None and self.low == self.high:
