@@ -245,6 +245,8 @@ def _go_back(run: Run) -> None:
 def _settings_of(directory: RunDirectory) -> Settings:
     kind, values = directory.config["settings_class"], directory.config["settings"]
     try:
+        if not isinstance(kind, str) or not isinstance(values, dict):
+            raise TypeError(f"expected a class and its values; got {kind!r:.40} and {values!r:.40}")
         return from_dict(settings_class(kind), values)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"the settings in {directory.path}/config.json cannot be read: {error}") from error
