@@ -85,7 +85,7 @@ def test_a_run_asked_to_stop_saves_its_step_and_is_resumed_to_the_same_bits(sett
 
 
 def test_asked_twice_it_leaves_in_the_middle_of_the_step(setting, home):
-    trial = Trial(home / "twice", setting.words, SLOW_VERDICTS.replace("0.1", "1.0"))
+    trial = Trial(home / "twice", setting.words, SLOW_VERDICTS.replace("0.1", "2.0"))
     process = trial.start()
     wait_for(lambda: num_rows(trial) >= 1, process)
     send(process, signal.SIGINT)
