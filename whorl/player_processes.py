@@ -33,7 +33,7 @@ import torch
 from whorl.data import Group, Problem
 from whorl.environments.base import Environment
 from whorl.model.config import ModelConfig
-from whorl.model.tokenizer import Tokenizer
+from whorl.model.tokenizer import ChatTokenizer
 from whorl.model.transformer import Transformer
 from whorl.reporting.console import Advance
 from whorl.rollouts import Player, Share, peak_memory_gib
@@ -49,7 +49,7 @@ class _Setup:
     """What a process is told once."""
 
     environment: Environment
-    tokenizer: Tokenizer
+    tokenizer: ChatTokenizer
     seed: int
     config: ModelConfig
     dtype: torch.dtype

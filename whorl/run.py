@@ -18,7 +18,8 @@ from whorl.environments.several import Several
 from whorl.learning import checkpoint
 from whorl.learning.learner import Learner
 from whorl.model.config import PRESETS, ModelConfig
-from whorl.model.tokenizer import Tokenizer
+from whorl.model.pretrained_tokenizer import load_tokenizer
+from whorl.model.tokenizer import ChatTokenizer, Tokenizer
 from whorl.model.transformer import Transformer
 from whorl.player_processes import PlayerProcesses
 from whorl.reporting.console import Progress, Silent
@@ -41,7 +42,7 @@ class Run:
     settings: Settings
     directory: RunDirectory
     environment: Environment
-    tokenizer: Tokenizer
+    tokenizer: ChatTokenizer
     algorithm: Algorithm
     model: Transformer
     engine: Engine
@@ -150,7 +151,7 @@ def start_run(
     config |= {"settings": settings.to_dict(), "model": run_parts["model"].config.to_dict()}
     config |= {"algorithm": {name: str(v) for name, v in run_parts["algorithm"].settings.items()}}
     directory = RunDirectory.create(config, path)
-    run_parts["tokenizer"].save(directory.path / "tokenizer.json")
+    run_parts["tokenizer"].save(directory.path)
     return _run(settings, directory, run_parts, progress)
 
 
@@ -225,7 +226,7 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
     algorithm = settings.resolve_algorithm()
     source = Path(settings.model)
     if existing is not None and (settings.model in PRESETS or existing.checkpoint_steps()):
-        tokenizer = Tokenizer.load(existing.path / "tokenizer.json")
+        tokenizer = load_tokenizer(existing.path)
         model = Transformer(ModelConfig.from_dict(existing.config["model"])).initialise(settings.seed)
     elif settings.model in PRESETS:
         alphabet = environment.alphabet
@@ -250,7 +251,7 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
     }
 
 
-def check_prompts(environment: Environment, tokenizer: Tokenizer, max_context: int) -> None:
+def check_prompts(environment: Environment, tokenizer: ChatTokenizer, max_context: int) -> None:
     """Refuse prompts that the tokenizer or the context cannot hold: all of a file's, the first of endless ones."""
     for split in ("train", "test"):
         size = environment.num_problems(split)
@@ -269,7 +270,7 @@ def check_prompts(environment: Environment, tokenizer: Tokenizer, max_context: i
                 )
 
 
-def _load_start(path: Path) -> tuple[Transformer, Tokenizer]:
+def _load_start(path: Path) -> tuple[Transformer, ChatTokenizer]:
     """Model and tokenizer of the newest checkpoint of a run directory."""
     directory = RunDirectory.open(path)
     newest = checkpoint.newest(path / "checkpoints")
@@ -279,7 +280,7 @@ def _load_start(path: Path) -> tuple[Transformer, Tokenizer]:
     tensors, _ = checkpoint.load(newest)
     weights = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
     model.load_state_dict(weights)
-    return model, Tokenizer.load(path / "tokenizer.json")
+    return model, load_tokenizer(path)
 
 
 def _run(
@@ -288,7 +289,7 @@ def _run(
     model, tokenizer, algorithm = parts["model"], parts["tokenizer"], parts["algorithm"]
     model.to("cuda" if on_cuda(settings) else "cpu")
     engine = Engine(
-        model, stop_tokens=[tokenizer.end_id], decode_text=tokenizer.decode, max_running=settings.max_running
+        model, stop_tokens=tokenizer.stop_ids, decode_text=tokenizer.decode, max_running=settings.max_running
     )
     learner = Learner(
         model,

@@ -6,6 +6,7 @@
     supervised.jsonl    the same for updates of the supervised start, if there is one
     rollouts/step_000012.parquet    what was sampled in step 12 (columns: `rollout_table.py`)
     checkpoints/step_000012/        weights and state (written by `whorl.learning`)
+    tokenizer.json      text to ids, with tokenizer_config.json and chat_template.jinja beside it
     stopped.json        why the run ended before its last step, if it did
     report.html         the page that `whorl report` makes
 
