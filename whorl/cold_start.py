@@ -10,7 +10,7 @@ from whorl.data import Problem
 from whorl.environments.base import Environment
 from whorl.learning.learner import Learner
 from whorl.learning.supervised import SUPERVISED, Example, supervised_batch
-from whorl.model.tokenizer import Tokenizer
+from whorl.model.tokenizer import ChatTokenizer
 from whorl.rollouts import measure
 from whorl.run import Run, new_curriculum, num_cores
 from whorl.sampling.dialogue import Dialogue, Script
@@ -91,7 +91,7 @@ def demonstration(
     environment: Environment,
     problem: Problem,
     replies: tuple[str, ...],
-    tokenizer: Tokenizer,
+    tokenizer: ChatTokenizer,
     max_context: int = 2**31,
 ) -> Example:
     """The episode in which the policy says `replies`: its tokens, and which of them the policy would write."""

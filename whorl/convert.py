@@ -15,14 +15,8 @@ from whorl.model.formats.pretrained import (
     load_pretrained,
     save_pretrained,
 )
-from whorl.model.tokenizer import SPECIAL_TOKENS, Tokenizer
+from whorl.model.tokenizer import ChatTokenizer
 from whorl.origin import load_trained
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-"""`Tokenizer.render` in the language of chat templates."""
 
 
 def convert(
@@ -46,22 +40,16 @@ def convert(
         return save_pretrained(target, loaded.model, chosen or loaded.format, beside=loaded.folder)
     model, tokenizer = load_trained(Path(source), step)
     with tempfile.TemporaryDirectory() as folder:
-        _write_tokenizer(Path(folder), tokenizer, model.config.max_context)
+        _write_tokenizer(Path(folder), tokenizer)
         return save_pretrained(target, model.to(dtype or torch.float32), chosen, beside=Path(folder))
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_context: int) -> None:
-    """A run's tokenizer with what transformers needs to know of it."""
-    pad, end = SPECIAL_TOKENS[:2]
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": end,
-        "model_max_length": max_context,
-        "pad_token": pad,
-    }
-    tokenizer.save(folder / "tokenizer.json")
-    for name, content in {CONFIG: ids, GENERATION: ids, "tokenizer_config.json": about}.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+def _write_tokenizer(folder: Path, tokenizer: ChatTokenizer) -> None:
+    """A run's tokenizer, and where generation ends."""
+    tokenizer.save(folder)
+    ends = list(tokenizer.stop_ids)
+    ids = {"bos_token_id": None, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    ids["pad_token_id"] = tokenizer.pad_id
+    for name in (CONFIG, GENERATION):
+        if not (folder / name).exists():
+            (folder / name).write_text(json.dumps(ids, indent=2) + "\n")

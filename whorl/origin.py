@@ -10,9 +10,10 @@ from whorl.environments.base import Environment
 from whorl.learning import checkpoint
 from whorl.model.adapter import Lora
 from whorl.model.config import PRESETS, ModelConfig
-from whorl.model.formats.pretrained import folder_of, is_checkpoint, load_pretrained
+from whorl.model.formats.pretrained import is_checkpoint, load_pretrained
 from whorl.model.lora import add_lora, merge, policy_parameters, strip
-from whorl.model.tokenizer import Tokenizer
+from whorl.model.pretrained_tokenizer import load_tokenizer
+from whorl.model.tokenizer import ChatTokenizer, Tokenizer
 from whorl.model.transformer import Transformer
 from whorl.reporting.run_directory import RunDirectory
 from whorl.settings import Settings, from_dict
@@ -26,7 +27,7 @@ class Origin(NamedTuple):
     """The model and the tokenizer of a run's first step."""
 
     model: Transformer
-    tokenizer: Tokenizer
+    tokenizer: ChatTokenizer
     place: str | None
     """The checkpoint of another run that they were read from: that run may go on, and this one must not notice."""
 
@@ -61,18 +62,18 @@ def origin_of(settings: Settings, environment: Environment, existing: RunDirecto
     )
 
 
-def load_trained(path: Path, step: int | None = None) -> tuple[Transformer, Tokenizer]:
+def load_trained(path: Path, step: int | None = None) -> tuple[Transformer, ChatTokenizer]:
     """Model and tokenizer of a run directory at its newest checkpoint, or at that of `step`."""
     model, tokenizer, _ = _from_run(_chosen(path, step))
     return model, tokenizer
 
 
-def tokenizer_of(directory: RunDirectory) -> Tokenizer:
+def tokenizer_of(directory: RunDirectory) -> ChatTokenizer:
     """The tokenizer recorded with a run; ValueError if it is not the one that the run was made with."""
     file = directory.path / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing; without it the run's tokens have no meaning. Put it back")
-    tokenizer = Tokenizer.load(file)
+    tokenizer = load_tokenizer(directory.path)
     expected = directory.config.get("tokenizer", tokenizer.fingerprint)
     if tokenizer.fingerprint != expected:
         raise ValueError(f"{file} is not the tokenizer that the run was made with; put that one back")
@@ -128,12 +129,8 @@ def _foreign(source: str, max_context: int) -> Origin:
 
     The tokenizer comes first: it is small, and one that cannot be read ends the matter.
     """
-    folder = folder_of(source)
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{source} has no tokenizer.json, without which a run cannot read or write text")
-    tokenizer = Tokenizer.load(file)
-    model = load_pretrained(folder, torch.float32).model
+    tokenizer = load_tokenizer(source)
+    model = load_pretrained(source, torch.float32).model
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}"

@@ -36,7 +36,7 @@ from whorl.environments.base import Environment
 from whorl.model.adapter import Lora
 from whorl.model.config import ModelConfig
 from whorl.model.lora import add_lora
-from whorl.model.tokenizer import Tokenizer
+from whorl.model.tokenizer import ChatTokenizer
 from whorl.model.transformer import Transformer
 from whorl.reporting.console import Advance
 from whorl.rollouts import Player, Share, peak_memory_gib
@@ -53,7 +53,7 @@ class _Setup:
     """What a process is told once."""
 
     environment: Environment
-    tokenizer: Tokenizer
+    tokenizer: ChatTokenizer
     seed: int
     config: ModelConfig
     lora: Lora | None

@@ -12,7 +12,7 @@ import numpy as np
 
 from whorl.data import Group, Metrics, Problem, Rollout, Score
 from whorl.environments.base import Environment
-from whorl.model.tokenizer import Tokenizer
+from whorl.model.tokenizer import ChatTokenizer
 from whorl.reporting.console import Advance
 from whorl.sampling.dialogue import Dialogue
 from whorl.sampling.draw import Sampling, stream_key
@@ -42,7 +42,7 @@ class Player:
 
     environment: Environment
     sampler: Engine
-    tokenizer: Tokenizer
+    tokenizer: ChatTokenizer
     seed: int
 
     @property

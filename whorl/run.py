@@ -21,7 +21,7 @@ from whorl.learning import checkpoint
 from whorl.learning.learner import Learner
 from whorl.model.lora import add_lora, targets_of
 from whorl.model.peft_format import save_adapter
-from whorl.model.tokenizer import Tokenizer
+from whorl.model.tokenizer import ChatTokenizer
 from whorl.model.transformer import Transformer
 from whorl.origin import BASE, origin_of
 from whorl.player_processes import PlayerProcesses
@@ -46,7 +46,7 @@ class Run:
     settings: Settings
     directory: RunDirectory
     environment: Environment
-    tokenizer: Tokenizer
+    tokenizer: ChatTokenizer
     algorithm: Algorithm
     model: Transformer
     engine: Engine
@@ -182,7 +182,9 @@ def start_run(
     config |= {"settings": settings.to_dict(), "model": run_parts["model"].config.to_dict()}
     config |= {"algorithm": {name: str(v) for name, v in run_parts["algorithm"].settings.items()}}
     config |= {"tokenizer": tokenizer.fingerprint, "start": run_parts["start"]}
-    directory = RunDirectory.create(config, path, files={"tokenizer.json": tokenizer.to_json().encode()})
+    directory = RunDirectory.create(
+        config, path, files={n: text.encode() for n, text in tokenizer.files.items()}
+    )
     if settings.lora.rank:
         checkpoint.save_model(directory.path / BASE, run_parts["model"])
     return _run(settings, directory, run_parts, progress)
@@ -303,7 +305,7 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
     }
 
 
-def check_prompts(environment: Environment, tokenizer: Tokenizer, max_context: int) -> None:
+def check_prompts(environment: Environment, tokenizer: ChatTokenizer, max_context: int) -> None:
     """Refuse prompts that the tokenizer or the context cannot hold: all of a file's, the first of endless ones."""
     for split in ("train", "test"):
         size = environment.num_problems(split)
@@ -332,7 +334,7 @@ def _run(
         add_lora(model, settings.lora, settings.seed)
     engine = Engine(
         model,
-        stop_tokens=[tokenizer.end_id],
+        stop_tokens=tokenizer.stop_ids,
         decode_text=tokenizer.decode,
         max_running=settings.max_running,
         max_cached_tokens=settings.max_cached_tokens,

@@ -70,8 +70,8 @@ def test_text_that_spells_a_special_token_gets_no_special_id(kind, loaded, tmp_p
     if loaded == "pickled":
         tokenizer = pickle.loads(pickle.dumps(tokenizer))
     elif loaded == "from a file":
-        tokenizer.save(tmp_path / "tokenizer.json")
-        tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+        tokenizer.save(tmp_path)
+        tokenizer = Tokenizer.load(tmp_path)
     special = tokenizer.vocab_size - len(SPECIAL_TOKENS)
     for text in (*SPECIAL_TOKENS, "a<end>p<user>".replace("a", "<"), "<<end>>"):
         ids = tokenizer.encode(text)
@@ -82,7 +82,7 @@ def test_text_that_spells_a_special_token_gets_no_special_id(kind, loaded, tmp_p
 
 def test_the_library_alone_would_have_turned_text_into_special_ids(tmp_path):
     """The control of the test above: the saved file read without our layer is open to injection."""
-    BYTES.save(tmp_path / "tokenizer.json")
+    BYTES.save(tmp_path)
     plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert plain.encode("<end>").ids == [BYTES.end_id]
 
@@ -156,8 +156,8 @@ def test_reflection_and_retry_are_written_as_the_assistant_and_keep_their_role()
 
 @pytest.mark.parametrize("tokenizer", [BYTES, Tokenizer.characters(DIGITS + "é\u2028")])
 def test_a_saved_tokenizer_comes_back_the_same(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer.json")
-    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
     assert (loaded.kind, loaded.fingerprint) == (tokenizer.kind, tokenizer.fingerprint)
     text = "12+30=\n é"
     assert loaded.encode(text) == tokenizer.encode(text)
@@ -180,14 +180,14 @@ def test_the_fingerprint_follows_the_alphabet_as_a_set():
         ("not json", "is not a tokenizer.json"),
         (
             tokenizers.Tokenizer(tokenizers.models.WordLevel({"ab": 0, "c": 1})).to_str(),
-            "WordLevel vocabulary",
+            "holds another vocabulary",
         ),
-        (tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str(), "BPE vocabulary of 1 tokens"),
+        (tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str(), "holds another vocabulary"),
     ],
 )
 def test_a_foreign_file_is_refused(content, message, tmp_path):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        Tokenizer.load(tmp_path / "tokenizer.json")
+        Tokenizer.load(tmp_path)
     with pytest.raises(FileNotFoundError):
-        Tokenizer.load(tmp_path / "missing.json")
+        Tokenizer.load(tmp_path / "missing")

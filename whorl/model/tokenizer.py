@@ -1,8 +1,12 @@
-"""Text to token ids and back, and the chat format: a thin layer over the `tokenizers` library.
+"""Text to token ids and back, and the chat format: what a tokenizer promises, and those of the small models.
 
-Two kinds, both with an exact round trip. `Tokenizer.characters(alphabet)` has one id per character and suits
-small models of one task; `Tokenizer.byte_level()` has one id per byte of UTF-8 and takes any text. Ids of
-text come first, those of the special tokens last.
+`ChatTokenizer` is what the rest of the library speaks to. `Tokenizer` is a thin layer over the `tokenizers` library
+for models made here; those of Hugging Face are in `huggingface.py`, and `pretrained_tokenizer.py` finds out which
+one a folder holds.
+
+Two kinds are made here, both with an exact round trip. `Tokenizer.characters(alphabet)` has one id per character
+and suits small models of one task; `Tokenizer.byte_level()` has one id per byte of UTF-8 and takes any text. Ids
+of text come first, those of the special tokens last.
 
 Text is untrusted: a user, a tool or the policy itself may spell "<end>". The special tokens are entries of
 the vocabulary that no text can reach, because text is cut into single characters or bytes and nothing ever
@@ -11,9 +15,9 @@ merges them; only `render` and the sampler put a special id into a sequence.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -26,6 +30,80 @@ SPECIAL_TOKENS = ("<pad>", "<end>", "<system>", "<user>", "<assistant>", "<tool>
 
 CHAT_ROLE = {"reflection": "assistant", "retry": "assistant"}
 """Roles that a policy gives its own turns, and the chat role as which the model reads them."""
+
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set role = "assistant" if message.role in ("reflection", "retry") else message.role -%}
+{{- "<" + role + ">" + message.content + "<end>" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<assistant>{%- endif -%}
+"""
+"""`Tokenizer.render` in the language of transformers, for those who load a saved tokenizer there."""
+
+
+@runtime_checkable
+class ChatTokenizer(Protocol):
+    """What the library needs of a tokenizer. It can be pickled and never changes.
+
+    vocab_size: ids are below it. end_id: the token that ends a turn. stop_ids: all that do. pad_id: what stands
+    where nothing is meant. fingerprint: 16 hex digits that name it.
+    """
+
+    vocab_size: int
+    end_id: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no special id, whatever it spells."""
+        ...
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Text of the ids without special tokens. Bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+    def token_text(self, index: int) -> str:
+        """How one token looks in a display, on one line."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        generation: bool,
+        *,
+        after: Sequence[Message] = (),
+        ended: bool = True,
+    ) -> list[tuple[str, list[int]]]:
+        """What a conversation grows by when `messages` follow `after`, as segments (role, ids).
+
+        If anything was said before, it ends with a turn of the policy, whose own tokens stand as written; the first
+        segment is then what still closes that turn: without its end token if it was `ended` by one that the
+        policy wrote, with it if it was cut short. There follows one segment per message and, with `generation`,
+        the opening of the model's turn.
+        """
+        ...
+
+    def demonstrate(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Ids of a whole chat, and for each whether the assistant would write it: texts and ends of its turns."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The files that `load_tokenizer` and transformers' AutoTokenizer read, by name."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write `files`."""
+        ...
+
+
+def write_files(folder: str | Path, files: Mapping[str, str]) -> None:
+    for name, content in files.items():
+        (Path(folder) / name).write_text(content, encoding="utf-8")
 
 
 class Tokenizer:
@@ -50,6 +128,7 @@ class Tokenizer:
         self.vocab_size = len(vocabulary)
         self.pad_id = vocabulary["<pad>"]
         self.end_id = vocabulary["<end>"]
+        self.stop_ids = (self.end_id,)
         self._role_ids = {token[1:-1]: vocabulary[token] for token in SPECIAL_TOKENS[2:]}
 
     @classmethod
@@ -57,7 +136,7 @@ class Tokenizer:
         """One id per character of `alphabet`, in the order of their code points; repetitions do not count."""
         if not alphabet:
             raise ValueError("a character tokenizer needs at least one character in its alphabet; got none")
-        _check_unicode(alphabet)
+        check_unicode(alphabet)
         return cls("characters", sorted(set(alphabet)))
 
     @classmethod
@@ -76,7 +155,7 @@ class Tokenizer:
                 f"character {unknown!r} (U+{ord(unknown):04X}) is not in the alphabet of this tokenizer, "
                 f"{''.join(self._text_tokens)!r}; add it to the alphabet or use Tokenizer.byte_level()"
             )
-        _check_unicode(text)
+        check_unicode(text)
         return self._inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
@@ -96,19 +175,36 @@ class Tokenizer:
         character = self._text_tokens[index]
         return character if character.isprintable() else repr(character)[1:-1]
 
-    def render(self, messages: Iterable[Message], generation: bool) -> list[tuple[str, list[int]]]:
-        """The conversation as segments (role, ids), one per message: role token, text, `<end>`.
+    def render(
+        self,
+        messages: Iterable[Message],
+        generation: bool,
+        *,
+        after: Sequence[Message] = (),
+        ended: bool = True,
+    ) -> list[tuple[str, list[int]]]:
+        """Segments (role, ids), one per message: role token, text, `<end>`; see `ChatTokenizer.render`.
 
-        With `generation`, a last segment is the prompt of the model's turn: the assistant's role token.
         A message of role "reflection" or "retry" keeps that role in its segment; its ids are the assistant's.
         """
-        segments = [
-            (message.role, [self._role_id(message.role), *self.encode(message.text), self.end_id])
-            for message in messages
-        ]
+        segments = [(after[-1].role, [] if ended else [self.end_id])] if after else []
+        for message in messages:
+            segments.append(
+                (message.role, [self._role_id(message.role), *self.encode(message.text), self.end_id])
+            )
         if generation:
             segments.append(("assistant", [self._role_id("assistant")]))
         return segments
+
+    def demonstrate(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Ids of a whole chat, and for each whether the assistant would write it: all of its turns but the opening."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        for role, segment in self.render(messages, generation=False):
+            written = CHAT_ROLE.get(role, role) == "assistant"
+            ids += segment
+            mask += [False, *[written] * (len(segment) - 1)]
+        return ids, mask
 
     @property
     def fingerprint(self) -> str:
@@ -116,36 +212,56 @@ class Tokenizer:
         vocabulary = json.dumps([self.kind, *self._text_tokens, *SPECIAL_TOKENS])
         return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
-    def to_json(self) -> str:
-        """The text of a tokenizer.json of the `tokenizers` library, with the special tokens marked as such."""
+    @property
+    def files(self) -> dict[str, str]:
+        """tokenizer.json, with the special tokens marked as such, its configuration and the chat template."""
         marked = tokenizers.Tokenizer.from_str(self._inner.to_str())
         marked.add_special_tokens(list(SPECIAL_TOKENS))
-        return marked.to_str(pretty=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<end>",
+            "pad_token": "<pad>",
+            "clean_up_tokenization_spaces": False,
+        }
+        return {
+            "tokenizer.json": marked.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+            "chat_template.jinja": CHAT_TEMPLATE,
+        }
 
-    def save(self, path: str | Path) -> None:
-        """Write `to_json` to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+    def save(self, folder: str | Path) -> None:
+        """Write `files`."""
+        write_files(folder, self.files)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Read what `save` wrote; ValueError for any other tokenizer.json."""
-        content = Path(path).read_text(encoding="utf-8")
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Read what `save` wrote; ValueError for the tokenizer.json of another program."""
+        path = Path(folder) / "tokenizer.json"
+        tokenizer = cls.read(path.read_text(encoding="utf-8"), str(path))
+        if tokenizer is None:
+            raise ValueError(
+                f"{path} holds another vocabulary than Tokenizer.save writes: single characters or the 256 bytes, "
+                f"then {' '.join(SPECIAL_TOKENS)}. load_tokenizer reads that of any model"
+            )
+        return tokenizer
+
+    @classmethod
+    def read(cls, content: str, where: str) -> "Tokenizer | None":
+        """The tokenizer that `save` wrote as this tokenizer.json; None if another program did."""
         try:
             inner = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+            raise ValueError(f"{where} is not a tokenizer.json: {error}") from error
         vocabulary = inner.get_vocab()
         tokens = sorted(vocabulary, key=vocabulary.__getitem__)
         text_tokens = tokens[: -len(SPECIAL_TOKENS)]
-        if tuple(tokens[len(text_tokens) :]) == SPECIAL_TOKENS:
-            if isinstance(inner.model, models.BPE) and text_tokens == _BYTE_LETTERS:
-                return cls.byte_level()
-            if isinstance(inner.model, models.WordLevel) and all(len(token) == 1 for token in text_tokens):
-                return cls.characters("".join(text_tokens))
-        raise ValueError(
-            f"{path} holds a {type(inner.model).__name__} vocabulary of {len(tokens)} tokens; expected one "
-            f"that Tokenizer.save wrote: single characters or the 256 bytes, then {' '.join(SPECIAL_TOKENS)}"
-        )
+        if tuple(tokens[len(text_tokens) :]) != SPECIAL_TOKENS:
+            return None
+        if isinstance(inner.model, models.BPE) and text_tokens == _BYTE_LETTERS:
+            return cls.byte_level()
+        if isinstance(inner.model, models.WordLevel) and all(len(token) == 1 for token in text_tokens):
+            return cls.characters("".join(text_tokens))
+        return None
 
     def _role_id(self, role: str) -> int:
         return self._role_ids[CHAT_ROLE.get(role, role)]
@@ -155,7 +271,7 @@ class Tokenizer:
             raise ValueError(f"token id {index} is outside the vocabulary of {self.vocab_size} tokens")
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
     """ValueError for a lone surrogate, which no UTF-8 text can hold."""
     try:
         text.encode()
@@ -163,6 +279,13 @@ def _check_unicode(text: str) -> None:
         raise ValueError(
             f"character {text[error.start]!r} at {error.start} is half of a surrogate pair, not Unicode text"
         ) from error
+
+
+def single_token_text(token: str, text: str) -> str:
+    """A token for a display: `text`, its decoded text, if printable, else escaped; bytes as bytes."""
+    if "\ufffd" in text and set(token) <= set(_BYTE_LETTERS):
+        return repr(bytes(map(_BYTE_LETTERS.index, token)))[2:-1]
+    return text if text and text.isprintable() else repr(text)[1:-1] or token
 
 
 def _byte_letters() -> list[str]:

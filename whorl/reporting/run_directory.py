@@ -8,6 +8,7 @@
     rollouts/step_000012.parquet    what was sampled in step 12 (columns: `rollout_table.py`)
     evaluations/step_000010.parquet    held-out rollouts of the evaluation after step 10, in the same columns
     checkpoints/step_000012/        weights and state (written by `whorl.learning`)
+    tokenizer.json      text to ids, with tokenizer_config.json and chat_template.jinja beside it
     stopped.json        why the run ended before its last step, if it did
     report.html         the page that `whorl report` makes
     lock                held by the process that writes the directory (`run_lock.py`)

@@ -8,7 +8,7 @@ import numpy as np
 
 from whorl.data import Message, Problem, Rollout, Turn, role_code
 from whorl.model.state import Snapshot
-from whorl.model.tokenizer import Tokenizer
+from whorl.model.tokenizer import ChatTokenizer
 from whorl.sampling.draw import Sampling
 from whorl.sampling.request import Completion, Request
 
@@ -29,7 +29,7 @@ class Script:
     Its log-probs are 0, since nobody drew the tokens: train on them by imitation only.
     """
 
-    def __init__(self, tokenizer: Tokenizer, replies: Sequence[str], max_context: int):
+    def __init__(self, tokenizer: ChatTokenizer, replies: Sequence[str], max_context: int):
         self._tokenizer, self._replies, self.max_context = tokenizer, list(replies), max_context
 
     async def complete(self, request: Request) -> Completion:
@@ -46,6 +46,7 @@ class Mark:
 
     num_tokens: int
     num_turns: int
+    heard: tuple[Message, ...]
     unread: tuple[int, ...]
     snapshot: Snapshot | None
     stop: str | None
@@ -54,15 +55,16 @@ class Mark:
 class Dialogue:
     """A conversation that grows by reading messages and writing turns; at the end, a Rollout.
 
-    Tokens are only ever appended, and nothing is tokenised twice: what the policy drew is what is kept. After
-    each turn the model's state is kept if `keep_state` (environments with several turns), so a further turn
-    reads only what is new.
+    Tokens are only ever appended, and nothing is tokenised twice: what the policy drew is what is kept. Messages
+    are rendered together when the policy is to answer, since a chat template may join neighbours (two answers of
+    tools in one turn). After each turn the model's state is kept if `keep_state` (environments with several
+    turns), so a further turn reads only what is new.
     """
 
     def __init__(
         self,
         sampler: Sampler,
-        tokenizer: Tokenizer,
+        tokenizer: ChatTokenizer,
         problem: Problem,
         *,
         key: int,
@@ -81,6 +83,7 @@ class Dialogue:
         self._raw_logp: list[float] = []
         self._version: list[int] = []
         self._transcript: list[Turn] = []
+        self._heard: tuple[Message, ...] = ()  # messages that were read and have no tokens yet
         self._unread: tuple[int, ...] = ()  # tokens the model has not consumed yet
         self._snapshot: Snapshot | None = None
         self._stop: str | None = None
@@ -97,13 +100,8 @@ class Dialogue:
         return self._stop in ("context", "repetition")
 
     def read(self, *messages: Message) -> None:
-        """Append messages from outside the policy."""
-        self._close_turn()
-        for message in messages:
-            start = len(self._tokens)
-            for role, ids in self._tokenizer.render([message], generation=False):
-                self._append(ids, role)
-            self._transcript.append(Turn(message.role, message.text, False, start, len(self._tokens)))
+        """Messages from outside the policy, to be appended to the conversation."""
+        self._heard += messages
 
     async def write(
         self, role: str = "assistant", *, max_tokens: int | None = None, stop_strings: Sequence[str] = ()
@@ -111,13 +109,14 @@ class Dialogue:
         """Let the model write one turn; its text without the stop token or string."""
         if self.done:
             return ""
-        self._close_turn()
-        for _, ids in self._tokenizer.render([], generation=True):
-            self._append(ids, role)
+        segments = self._rendered(generation=True)
         has_spoken = any(turn.by_policy for turn in self._transcript)
-        if has_spoken and len(self._tokens) >= self._sampler.max_context:
+        num_tokens = len(self._tokens) + sum(len(ids) for _, ids in segments)
+        if has_spoken and num_tokens >= self._sampler.max_context:
             self._stop = "context"
             return ""
+        self._append_heard(segments)
+        self._append(segments[-1][1], role)
         sampling = replace(
             self._sampling,
             max_tokens=min(self._sampling.max_tokens, max_tokens or self._sampling.max_tokens),
@@ -148,7 +147,9 @@ class Dialogue:
 
     def mark(self) -> Mark:
         """A point to come back to (the state is kept only with `keep_state`; otherwise it is recomputed)."""
-        return Mark(len(self._tokens), len(self._transcript), self._unread, self._snapshot, self._stop)
+        return Mark(
+            len(self._tokens), len(self._transcript), self._heard, self._unread, self._snapshot, self._stop
+        )
 
     def rewind(self, mark: Mark) -> None:
         """Forget everything after `mark`."""
@@ -157,11 +158,15 @@ class Dialogue:
         ):  # fmt: skip
             del column[mark.num_tokens :]
         del self._transcript[mark.num_turns :]
-        self._unread, self._snapshot, self._stop = mark.unread, mark.snapshot, mark.stop
+        self._heard, self._unread = mark.heard, mark.unread
+        self._snapshot, self._stop = mark.snapshot, mark.stop
 
     def rollout(self, stop: str | None = None, error: str | None = None) -> Rollout:
         """The conversation so far as a rollout, without a score."""
-        return Rollout(
+        here = self.mark()
+        if self._heard:
+            self._append_heard(self._rendered(generation=False))
+        rollout = Rollout(
             problem=self._problem,
             group=self._group,
             sample=self._sample,
@@ -175,6 +180,27 @@ class Dialogue:
             stop=stop or self._stop or "environment",
             error=error,
         )
+        self.rewind(here)  # more may be said, and what is read next may belong to the same turn
+        return rollout
+
+    def _rendered(self, generation: bool) -> list[tuple[str, list[int]]]:
+        """Tokens of what was read since the policy's last turn, and (`generation`) of the opening of its next one.
+
+        Before them, those that close the last turn: it ends with a stop token of its own, or was cut short.
+        """
+        said = [Message(turn.role, turn.text) for turn in self._transcript]
+        ended = not said or self._transcript[-1].stop == "stop_token"
+        return self._tokenizer.render(self._heard, generation, after=said, ended=ended)
+
+    def _append_heard(self, segments: Sequence[tuple[str, list[int]]]) -> None:
+        if self._transcript:
+            (role, closing), *segments = segments
+            self._append(closing, role)
+        for message, (role, ids) in zip(self._heard, segments, strict=False):
+            start = len(self._tokens)
+            self._append(ids, role)
+            self._transcript.append(Turn(message.role, message.text, False, start, len(self._tokens)))
+        self._heard = ()
 
     def _append(self, ids: Sequence[int], role: str) -> None:
         """Tokens from outside the policy: never trained on, no log-prob."""
@@ -185,9 +211,3 @@ class Dialogue:
         self._raw_logp += [0.0] * len(ids)
         self._version += [-1] * len(ids)
         self._unread += tuple(ids)
-
-    def _close_turn(self) -> None:
-        """A turn cut short by a limit or a stop string still needs its end token before anything follows."""
-        last = self._transcript[-1] if self._transcript else None
-        if last and last.by_policy and last.end == len(self._tokens) and last.stop != "stop_token":
-            self._append([self._tokenizer.end_id], last.role)

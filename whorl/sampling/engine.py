@@ -69,6 +69,7 @@ class Engine:
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.max_cached_tokens = max_cached_tokens
         self.decode_text = decode_text
+        self._known_text: dict[int, bool] = {}
         self.stop_tokens = np.array(sorted(stop_tokens), dtype=np.int64)
         self.device = model.embed_tokens.weight.device
         self._state = self._new_state(1, capacity=64)
@@ -340,8 +341,9 @@ class Engine:
     def _ends_with(self, row: int, strings: tuple[str, ...]) -> bool:
         """Whether the newest token completed one of the strings.
 
-        The string then lies within the last tokens whose text is long enough; most tokens have at least one
-        byte of text, but special ones have none, so the tail grows until its text suffices.
+        Each token has at least one byte of text or, if it is special, none. The string therefore lies within the
+        newest tokens of which as many have text as it has bytes. (The length of a decoded tail says less: the
+        mark for half a character is longer than what it stands for, and the newest token may reach further.)
         """
         assert self.decode_text is not None
         longest = count = max(len(s.encode()) for s in strings)
@@ -350,9 +352,15 @@ class Engine:
             text = self.decode_text(tail)
             if any(s in text for s in strings):
                 return True
-            if len(text.encode(errors="surrogatepass")) >= longest or len(tail) < count:
+            if sum(map(self._has_text, tail)) >= longest or len(tail) < count:
                 return False
             count *= 2
+
+    def _has_text(self, token: int) -> bool:
+        assert self.decode_text is not None
+        if token not in self._known_text:
+            self._known_text[token] = self.decode_text([token]) != ""
+        return self._known_text[token]
 
     def _retire(self, row: int, reason: str) -> None:
         """Hand the turn over."""

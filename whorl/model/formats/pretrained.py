@@ -17,6 +17,7 @@ from whorl.model.formats import shards
 from whorl.model.formats.base import Format, Piece
 from whorl.model.formats.catalog import check_fits, format_for, format_of
 from whorl.model.formats.keys import NO_FUNCTION, Keys, nearest
+from whorl.model.hub import folder_or_hub
 from whorl.model.transformer import Transformer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -31,7 +32,6 @@ BUFFERS = re.compile(
 """Tensors that some writers store although they follow from the settings. They may be of a lower precision
 than the settings give (a decay in bf16 rounds to 1), so they are left where they are and computed anew."""
 MAX_SHARD_BYTES = 5 * 10**9
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -118,28 +118,12 @@ def folder_of(source: str | Path, *, weights: bool = True) -> Path:
 
     ValueError if it is neither; OSError if the hub has it not or cannot be reached and nothing is cached.
     """
-    path = Path(source)
-    if path.is_dir():
-        if not (path / CONFIG).is_file():
-            raise ValueError(f"{path} holds no model: there is no {CONFIG}")
-        return path
-    if not _HUB_NAME.fullmatch(str(source)):
-        raise ValueError(f"no folder {source}, and no name on the hub either, which has the form owner/model")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ValueError(
-            f"{source} is no folder here; models on the hub need the extra: pip install 'whorl[hf]'"
-        ) from error
     # Some repositories hold the weights a second time, under names that begin otherwise.
     files = [CONFIG, *BESIDE, "model*.safetensors", shards.INDEX] if weights else [CONFIG]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=files))
-    except Exception as error:  # a dozen kinds, of three libraries
-        reason = str(error).strip().partition("\n")[0]
-        raise OSError(
-            f"{source} is no folder here and could not be fetched from the hub: {reason}"
-        ) from error
+    folder = folder_or_hub(source, files)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{source} holds no model: there is no {CONFIG}")
+    return folder
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
