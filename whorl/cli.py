@@ -16,7 +16,7 @@ import rich.markup
 from rich.table import Table
 
 COMMANDS = ("train", "resume", "evaluate", "play", "check", "list", "report", "convert", "model")
-PROMISES = ("sampler", "gradients", "resume")
+PROMISES = ("sampler", "gradients", "resume", "verifiers")
 """What `whorl check` proves besides environments."""
 USAGE = """usage: whorl COMMAND ...
 
@@ -24,7 +24,8 @@ USAGE = """usage: whorl COMMAND ...
   resume RUN                  go on with a run from its newest checkpoint
   evaluate RUN                accuracy of a checkpoint on held-out problems, with intervals
   play RUN                    talk to a checkpoint and see the verdicts
-  check [WHAT]                prove that a promise holds: sampler, gradients, resume, or an environment
+  check [WHAT]                prove that a promise holds: sampler, gradients, resume, verifiers, an environment,
+                              or all of them on a recipe (whorl check quickstart [overrides])
   list                        recipes, algorithms, environments, one line each
   report RUN                  write the run's report.html again
   convert SOURCE TARGET       a checkpoint, of a run or of others, as a folder that transformers loads
@@ -281,40 +282,41 @@ def _play(words: list[str]) -> int:
 def _check(words: list[str]) -> int:
     import tyro
 
+    from whorl.recipes.catalog import recipe_names
+
+    if words and words[0] in recipe_names():
+        return _check_recipe(words[0], words[1:])
+
     def check(what: Annotated[str | None, tyro.conf.Positional] = None, problems: int = 50) -> int:
         """Prove that a promise holds on this machine: `sampler` (its log-probs are the learner's), `gradients` (they
         do not depend on how a batch is cut, nor on the number of ranks), `resume` (killed at any moment, a run goes
-        on to the same bits), or an environment (it accepts its own gold answers, rejects babble with a reason, keeps
-        its splits apart and has the chance level it states).
+        on to the same bits), `verifiers` (what a model wrote does no harm and hangs nothing), or an environment (it
+        accepts its own gold answers, rejects babble with a reason, keeps its splits apart and has the chance level
+        it states). `whorl check RECIPE [overrides]` proves all of them on a recipe of your own.
 
         Args:
-            what: sampler, gradients, resume, or an environment's spec such as countdown,num_numbers=4; by default
-                all environments that need no argument.
+            what: sampler, gradients, resume, verifiers, a recipe, or an environment's spec such as
+                countdown,num_numbers=4; by default all promises on small models, and all environments that need
+                no argument.
             problems: problems of each split to try, for environments.
         """
-        console = rich.console.Console()
-        if what in PROMISES:
-            return _check_promise(what, console)
-        from whorl.checks.table import Row, table_of
-        from whorl.environments.catalog import ENVIRONMENTS, make
-        from whorl.environments.check import check_environment
+        from whorl.environments.catalog import ENVIRONMENTS
 
         needs_argument = ("data", "reasoning_gym")
-        specs = [what] if what else [name for name in ENVIRONMENTS if name not in needs_argument]
-        all_good = True
-        for spec in specs:
-            rows = [Row(*result) for result in check_environment(make(spec), problems)]
-            console.print(table_of(rows, spec))
-            all_good &= all(row.ok for row in rows)
-        return 0 if all_good else 1
+        specs = [name for name in ENVIRONMENTS if name not in needs_argument]
+        console = rich.console.Console()
+        names = [what] if what else [*PROMISES, *specs]
+        kept = [_prove(name, problems, console) for name in names]
+        return 0 if all(kept) else 1
 
     return _parse(check, words, "check")
 
 
-def _check_promise(name: str, console: rich.console.Console) -> int:
+def _prove(name: str, problems: int, console: rich.console.Console) -> bool:
+    """Print the table of one promise, or of one environment; whether all of it holds."""
     import torch
 
-    from whorl.checks.table import table_of
+    from whorl.checks.table import Row, table_of
 
     torch.set_num_threads(1)
     if name == "sampler":
@@ -324,18 +326,53 @@ def _check_promise(name: str, console: rich.console.Console) -> int:
         costs = precision_costs()
         rows = [*check_sampler(), row_of_costs(costs)]
         console.print(table_of_costs(costs))
+    elif name == "gradients":
+        from whorl.checks.gradients import check_gradients
+
+        rows = check_gradients()
     elif name == "resume":
         from whorl.checks.resume import check_resume
         from whorl.reporting.console import Console
 
         with Console() as progress:
             rows = check_resume(progress)
-    else:
-        from whorl.checks.gradients import check_gradients
+    elif name == "verifiers":
+        from whorl.checks.verifiers import check_verifiers
+        from whorl.verifiers.sandbox import statement
 
-        rows = check_gradients()
+        rows = check_verifiers()
+        console.print(statement())
+    else:
+        from whorl.environments.catalog import make
+        from whorl.environments.check import check_environment
+
+        rows = [Row(*result) for result in check_environment(make(name), problems)]
     console.print(table_of(rows, f"whorl check {name}"))
-    return 0 if all(row.ok for row in rows) else 1
+    return all(row.ok for row in rows)
+
+
+def _check_recipe(name: str, words: list[str]) -> int:
+    import tyro
+
+    from whorl.recipes.catalog import recipe_named
+
+    recipe = recipe_named(name)
+
+    def check(settings: Annotated[recipe, tyro.conf.arg(name="")]) -> int:  # type: ignore[valid-type]
+        from whorl.checks.recipe import check_recipe
+        from whorl.checks.table import table_of
+        from whorl.reporting.console import Console
+        from whorl.verifiers.sandbox import statement
+
+        with Console() as progress:
+            rows = check_recipe(name, settings, progress)
+        console = rich.console.Console()
+        console.print(table_of(rows, f"whorl check {name}"))
+        console.print(statement())
+        return 0 if all(row.ok for row in rows) else 1
+
+    description = f"All promises on a small run of {name} with the given overrides."
+    return tyro.cli(check, args=words, prog=f"whorl check {name}", description=description)
 
 
 def _list(words: list[str]) -> int:

@@ -58,6 +58,14 @@ STEPS = (
 )
 """Moments after it, the last one at the end of the run."""
 
+MOMENTS_OF_ANY_RUN = tuple(
+    moment
+    for moment in STEPS
+    if moment.name
+    in ("generation", "evaluation", "metrics: half a row", "checkpoint: half of it", "checkpoint: not named")
+)
+"""Moments that come in every run, also in one whose rollouts have nothing to learn from."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -150,7 +158,7 @@ def killed_at_moments(
             advance(1)
         trial.finish()
         trials.append(trial)
-    return _row(f"{setting.name}: chosen moments", alone, trials)
+    return compared(f"{setting.name}: chosen moments", alone, trials)
 
 
 def killed_at_random(
@@ -171,10 +179,11 @@ def killed_at_random(
         advance(1)
     for trial in trials:
         trial.finish()
-    return _row(f"{setting.name}: random times", alone, trials)
+    return compared(f"{setting.name}: random times", alone, trials)
 
 
-def _row(promise: str, alone: "Trial", trials: Sequence["Trial"]) -> Row:
+def compared(promise: str, alone: "Trial", trials: Sequence["Trial"]) -> Row:
+    """The verdict on runs that were killed, beside the one that was left alone."""
     kills = [kill for trial in trials for kill in trial.kills]
     faults = [fault for trial in (alone, *trials) for fault in trial.faults]
     faults += [difference for trial in trials for difference in differences(alone.path, trial.path)]
