@@ -197,7 +197,8 @@ class Batch:
         logp_sampler_N      the sampler's log-probability of the token
         logp_old_N          the same under the policy at the start of the batch (the sampler's, unless recomputed)
         logp_ref_N          under the reference policy
-        reward_S, group_S   reward and index of the group of each sequence
+        reward_S            reward of each sequence
+        group_S, sample_S   index of its group, and its number among the rollouts of the problem
         trained_N bool      the policy wrote the token and the algorithm trains on its role
         advantage_N         credit of each token, 0 where not trained
         value_old_N, return_N   a critic's estimate before token n is written, and its target
@@ -294,6 +295,7 @@ def pack(groups: Sequence[Group]) -> Batch:
             "logp_old_N": column("logp_T", torch.float32),
             "reward_S": torch.tensor([r.reward for _, r in rollouts], dtype=torch.float64),
             "group_S": torch.tensor([index for index, _ in rollouts], dtype=torch.int64),
+            "sample_S": torch.tensor([r.sample for _, r in rollouts], dtype=torch.int64),
         },
     )
 

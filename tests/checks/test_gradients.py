@@ -11,15 +11,7 @@ from whorl.algorithms.catalog import ALGORITHMS, CISPO, PPO, with_settings
 from whorl.checks import ranks
 from whorl.checks.gradients import EXTRAS, check_cuts, check_gradients, every_algorithm, gradients
 from whorl.checks.ragged import REWARDS, difference, learner_and_batch, parameters, scripted_groups
-from whorl.checks.ranks import (
-    WAYS,
-    Way,
-    add_gradients,
-    check_ranks,
-    every_second,
-    train_alone,
-    train_on_ranks,
-)
+from whorl.checks.ranks import WAYS, Way, check_ranks, every_second, nothing, train_alone, train_on_ranks
 from whorl.data import Batch, apply
 from whorl.learning.learner import Learner
 
@@ -86,12 +78,11 @@ def test_a_difference_of_one_part_in_a_billion_is_measured_as_that():
     assert difference({"a": torch.ones(1)}, {"a": torch.zeros(1)}) == float("inf")
 
 
-def average_gradients(learner: Learner) -> None:
+def divide_by_ranks(learner: Learner) -> None:
     """The known bug: what DistributedDataParallel does by itself."""
-    add_gradients(learner)
     for _, parameter in parameters(learner):
-        assert parameter.grad is not None
-        parameter.grad /= dist.get_world_size()
+        if parameter.grad is not None:
+            parameter.grad /= dist.get_world_size()
 
 
 def weights_of_its_own(batch: Batch, rank: int, algorithm: Algorithm) -> Batch:
@@ -101,29 +92,64 @@ def weights_of_its_own(batch: Batch, rank: int, algorithm: Algorithm) -> Batch:
     return part.with_columns(**own)
 
 
-def forgets_to_add(learner: Learner) -> None:
-    """The known bug: every rank goes its own way."""
+def ignore_the_others(learner: Learner) -> None:
+    """The known bug: a rank goes its own way."""
+    for _, parameter in parameters(learner):
+        if parameter.grad is not None and dist.get_rank() > 0:
+            parameter.grad.zero_()
+
+
+def spoil_a_gradient(learner: Learner) -> None:
+    """A fault on one rank alone, in its second update."""
+    if dist.get_rank() > 0 and learner.version == 2:
+        learner.optimizer.parameters[0].grad[0, 0] = torch.nan
+
+
+def nan_on_the_last(batch: Batch, rank: int, algorithm: Algorithm) -> Batch:
+    """An advantage of the last rank is NaN: its loss is, and that is a fault of every rank."""
+    part = every_second(batch, rank, algorithm)
+    if rank > 0:
+        part = part.with_columns(advantage_N=torch.full_like(part["advantage_N"], torch.nan))
+    return part
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """All ways, right and wrong, in one pair of processes."""
+    """All ways, right and wrong, in one `torchrun`."""
     wrong = {
-        "averaged": Way(every_second, average_gradients),
-        "weights per rank": Way(weights_of_its_own, add_gradients),
-        "not added": Way(every_second, forgets_to_add),
+        "averaged": Way(every_second, divide_by_ranks),
+        "weights per rank": Way(weights_of_its_own, nothing),
+        "not added": Way(every_second, ignore_the_others),
+        "one gradient spoiled": Way(every_second, spoil_a_gradient),
+        "one part spoiled": Way(nan_on_the_last, nothing),
     }
     return train_on_ranks({"tokens": TOKEN_MEAN, "PPO": PPO}, WAYS | wrong)
 
 
 @pytest.mark.parametrize("way", sorted(WAYS))
 @pytest.mark.parametrize("name", ["tokens", "PPO"])
-def test_two_processes_have_the_gradient_and_the_adam_state_of_one(outcomes, way, name):
+def test_two_processes_have_the_gradient_the_adam_state_and_the_metrics_of_one(outcomes, way, name):
     alone = train_alone({"tokens": TOKEN_MEAN, "PPO": PPO}[name])
     found = outcomes[way][name]
     assert difference(found.gradient, alone.gradient) <= 1e-12
     assert difference(found.state, alone.state) <= 1e-10
     assert any(key.endswith("exp_avg_sq") for key in found.state)
+    assert difference(found.curve, alone.curve) <= 1e-10
+    assert {"loss", "grad_norm", "ratio_max", "expert_load_max", "sampler_gap_p99_nats"} <= set(found.curve)
+    assert len(found.curve["loss"].unique()) == ranks.NUM_UPDATES  # a curve, not a point
+
+
+def test_a_fault_of_one_rank_is_skipped_by_all(outcomes):
+    spoiled = outcomes["one gradient spoiled"]["tokens"]
+    # learner_and_batch made version 1, the first update 2; after that nothing changes any more.
+    assert spoiled.curve["skipped_updates"].tolist() == [0, 1, 1]
+    assert all(tensor.isfinite().all() for tensor in spoiled.state.values())
+    # Rank 0, which is looked at here, has finite numbers of its own.
+    part = outcomes["one part spoiled"]["tokens"]
+    assert part.curve["skipped_updates"].tolist() == [1, 1, 1]
+    assert part.curve["loss"].isnan().all()
+    assert all(tensor.isfinite().all() for tensor in part.state.values())
+    assert part.gradient == {}
 
 
 @pytest.mark.parametrize(
@@ -151,10 +177,20 @@ def test_adam_hides_an_average_in_its_direction_but_its_moments_do_not(outcomes)
 def test_rows_for_ranks_say_whether_gradient_and_state_agree(outcomes, way, ok, monkeypatch):
     monkeypatch.setattr(ranks, "train_on_ranks", lambda algorithms, ways: {way: outcomes[way]})
     rows = check_ranks({"tokens": TOKEN_MEAN, "PPO": PPO})
-    assert [row.ok for row in rows] == [ok, ok]
+    assert [row.ok for row in rows] == [ok, ok, ok]
     assert rows[0].promise == f"one gradient on 2 ranks: {way}"
     assert rows[1].promise == f"one Adam state after 3 updates on 2 ranks: {way}"
+    assert rows[2].promise == f"the same metrics of 3 updates on 2 ranks: {way}"
     assert "largest of 2 algorithms" in rows[0].measured
+
+
+def test_what_a_rank_of_torchrun_says_at_its_end_is_told():
+    with pytest.raises(ChildProcessError, match="not a way to deal"):
+        train_on_ranks({"tokens": TOKEN_MEAN}, {"fails": Way(refuse, nothing)})
+
+
+def refuse(batch: Batch, rank: int, algorithm: Algorithm) -> Batch:
+    raise RuntimeError("not a way to deal")
 
 
 def test_nothing_to_check_is_refused():

@@ -20,9 +20,9 @@ from whorl.algorithms.catalog import CISPO, PPO, REINFORCE
 from whorl.algorithms.critic import minus_value_error
 from whorl.algorithms.penalties import entropy_bonus
 from whorl.data import Batch
-from whorl.learning import learner as learner_module
-from whorl.learning.learner import sampler_gap
+from whorl.learning import head
 from whorl.learning.optimizer import OptimizerSettings
+from whorl.learning.seen import sampler_gap
 from whorl.model.layout import Layout
 from whorl.reporting.glossary import check_names
 
@@ -278,8 +278,8 @@ def test_scoring_the_head_in_pieces_changes_no_gradient(monkeypatch):
     whole, pieces = tiny_learner(), tiny_learner()
     wanted = whole.logprobs(batch)
     metrics = whole.forward_backward(batch, CISPO.terms)
-    monkeypatch.setattr(learner_module, "HEAD_ELEMENTS", 7 * 13)
-    assert len(pieces._pieces(torch.zeros(30, 16), torch.zeros(30, dtype=torch.int64))) == 5
+    monkeypatch.setattr(head, "HEAD_ELEMENTS", 7 * 13)
+    assert len(head.pieces(pieces.model, torch.zeros(30, 16), torch.zeros(30, dtype=torch.int64))) == 5
     assert (pieces.logprobs(batch) - wanted).abs().max() < 1e-14
     assert pieces.forward_backward(batch, CISPO.terms)["loss"] == pytest.approx(metrics["loss"], rel=1e-13)
     assert relative(gradient_of(pieces), gradient_of(whole)) < 1e-13

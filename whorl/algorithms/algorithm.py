@@ -28,7 +28,7 @@ LIVE = ("logp_N", "entropy_N", "value_N")
 
 PACKED = (
     "tokens_N", "policy_N", "role_N", "version_N", "logp_sampler_N", "logp_old_N", "reward_S", "group_S",
-    "sequence_N", "position_N", "length_S",
+    "sample_S", "sequence_N", "position_N", "length_S",
 )  # fmt: skip
 """Columns that every packed batch has."""
 

@@ -19,7 +19,7 @@ from whorl.checks.along import decode_along, forward_along
 from whorl.checks.sampler import small_models
 from whorl.checks.table import Row
 from whorl.data import Metrics
-from whorl.learning.learner import sampler_gap
+from whorl.learning.seen import sampler_gap
 from whorl.model.state import State
 from whorl.model.transformer import Transformer
 from whorl.sampling.draw import Sampling, stream_key

@@ -1,9 +1,14 @@
-"""Two processes that share a batch: gradients are added over ranks, never averaged.
+"""Two processes of a `torchrun` that share a batch: the learners of both are the learner of one.
 
 Every weight was fixed on the global batch, so the sum over ranks is the whole gradient, just as the sum over
-micro-batches is; a rank needs to know neither how many others there are nor how much they have.
+micro-batches is. A rank is given its part of the batch and calls the learner as one process does.
 """
 
+import copy
+import os
+import pickle
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,35 +17,37 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from whorl.algorithms.algorithm import Algorithm
 from whorl.checks.ragged import GRADIENT_LIMIT, difference, learner_and_batch, parameters
 from whorl.checks.table import Row
-from whorl.data import Batch
+from whorl.data import Batch, Metrics
 from whorl.learning.learner import Learner
 
 NUM_RANKS = 2
 
 STATE_LIMIT = 1e-10
 """Largest |difference| / |value| of a weight tensor or of its moments in Adam after `NUM_UPDATES` updates, each of
-which magnifies what the last one left."""
+which magnifies what the last one left; and of a metric of one of these updates."""
 
 NUM_UPDATES = 3
 
 
 class Way(NamedTuple):
-    """How a batch is divided (`deal(batch, rank, algorithm)`: that rank's part) and gradients are put together."""
+    """How a batch is divided (`deal(batch, rank, algorithm)`: that rank's part), and what is done to the learner of a
+    rank when it has the gradient of its part."""
 
     deal: Callable[[Batch, int, Algorithm], Batch]
-    reduce: Callable[[Learner], None]
+    before_update: Callable[[Learner], None]
 
 
 class Outcome(NamedTuple):
-    """The gradient of the first update, and weights and Adam's moments after the last."""
+    """The gradient of the first update, weights and Adam's moments after the last, and the metrics of each update."""
 
     gradient: dict[str, Tensor]
     state: dict[str, Tensor]
+    curve: dict[str, Tensor]
 
 
 def every_second(batch: Batch, rank: int, algorithm: Algorithm) -> Batch:
@@ -53,27 +60,30 @@ def all_on_the_last(batch: Batch, rank: int, algorithm: Algorithm) -> Batch:
     return batch.select(range(batch.num_sequences) if rank == NUM_RANKS - 1 else [])
 
 
-def add_gradients(learner: Learner) -> None:
-    """Gradients and the router's counts of choices, summed over ranks; a rank without a gradient adds 0."""
-    for _, parameter in parameters(learner):
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
-    dist.all_reduce(learner._chosen_LE, dist.ReduceOp.SUM)
+def untrained_on_the_first(batch: Batch, rank: int, algorithm: Algorithm) -> Batch:
+    """The first rank has the sequences of which no token is trained, the others what there is to learn."""
+    is_trained_S = batch.sum_per_sequence(batch["trained_N"].long()) > 0
+    return batch.select((is_trained_S == (rank > 0)).nonzero().flatten())
+
+
+def nothing(learner: Learner) -> None:
+    """The learner needs no help."""
 
 
 WAYS = {
-    "every second sequence each": Way(every_second, add_gradients),
-    "one rank with nothing to do": Way(all_on_the_last, add_gradients),
+    "every second sequence each": Way(every_second, nothing),
+    "one rank with nothing to do": Way(all_on_the_last, nothing),
+    "one rank without a trained token": Way(untrained_on_the_first, nothing),
 }
 
 
 def check_ranks(algorithms: Mapping[str, Algorithm]) -> list[Row]:
-    """A row for each of `WAYS` and each of gradient and state, with the worst of the algorithms."""
+    """A row for each of `WAYS` and each of gradient, state and curve, with the worst of the algorithms."""
     alone = {name: train_alone(algorithm) for name, algorithm in algorithms.items()}
     compared = (
         ("one gradient", GRADIENT_LIMIT),
         (f"one Adam state after {NUM_UPDATES} updates", STATE_LIMIT),
+        (f"the same metrics of {NUM_UPDATES} updates", STATE_LIMIT),
     )
     rows = []
     for way, outcomes in train_on_ranks(algorithms, WAYS).items():
@@ -94,53 +104,81 @@ def check_ranks(algorithms: Mapping[str, Algorithm]) -> list[Row]:
 def train_alone(algorithm: Algorithm) -> Outcome:
     """Updates of one learner on the whole batch."""
     learner, batch = learner_and_batch(algorithm)
-    return _train(learner, algorithm, batch, batch.num_tokens, lambda learner: None)
+    return _train(learner, algorithm, batch, nothing)
 
 
 def train_on_ranks(
     algorithms: Mapping[str, Algorithm], ways: Mapping[str, Way]
 ) -> dict[str, dict[str, Outcome]]:
-    """What rank 0 has after the updates, by way and algorithm.
+    """What rank 0 has after the updates, by way and algorithm, from a `torchrun` of this module over gloo.
 
-    The ranks are processes of their own, connected by gloo. An error in one of them is raised here.
+    ChildProcessError, with what it printed last, if it fails; one rank that ends otherwise than rank 0 fails it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (folder, dict(algorithms), dict(ways)), nprocs=NUM_RANKS)
+        (Path(folder) / "task.pickle").write_bytes(pickle.dumps((dict(algorithms), dict(ways))))
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *("--standalone", f"--nproc-per-node={NUM_RANKS}", "-m", __name__, folder),
+            ],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise ChildProcessError(f"the ranks of torchrun failed: {done.stdout.strip()[-2000:]}")
         stored = torch.load(Path(folder) / "outcomes.pt")
     return {way: {n: Outcome(*outcome) for n, outcome in by_name.items()} for way, by_name in stored.items()}
 
 
-def _rank(rank: int, folder: str, algorithms: dict[str, Algorithm], ways: dict[str, Way]) -> None:
+@record  # torchrun then tells the traceback of the rank that failed first
+def _rank(folder: Path) -> None:
+    """What each process of the `torchrun` does."""
     torch.set_num_threads(1)
-    meeting = (Path(folder) / "meeting").as_uri()
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=NUM_RANKS)
-    outcomes = {}
-    for way, (deal, reduce) in ways.items():
+    algorithms, ways = pickle.loads((folder / "task.pickle").read_bytes())
+    # Before the ranks know of each other: each makes the same learner, which has had an update already.
+    made = {name: learner_and_batch(algorithm) for name, algorithm in algorithms.items()}
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    outcomes: dict[str, dict[str, tuple]] = {}
+    for way, (deal, before_update) in ways.items():
         for name, algorithm in algorithms.items():
-            learner, batch = learner_and_batch(algorithm)
-            part = deal(batch, rank, algorithm)
-            outcome = _train(learner, algorithm, part, batch.num_tokens, reduce)
+            learner, batch = copy.deepcopy(made[name])
+            outcome = _train(learner, algorithm, deal(batch, rank, algorithm), before_update)
             outcomes.setdefault(way, {})[name] = tuple(outcome)
     if rank == 0:
-        torch.save(outcomes, Path(folder) / "outcomes.pt")
+        torch.save(outcomes, folder / "outcomes.pt")
     dist.destroy_process_group()
 
 
 def _train(
-    learner: Learner, algorithm: Algorithm, part: Batch, num_tokens: int, reduce: Callable[[Learner], None]
+    learner: Learner, algorithm: Algorithm, part: Batch, before_update: Callable[[Learner], None]
 ) -> Outcome:
-    """`NUM_UPDATES` updates on the part that this process has of a batch of `num_tokens`."""
-    # The learner's router loss is a mean over the tokens it is given. As a part of the global batch's it counts
-    # by their share.
-    learner.router_aux_coefficient *= part.num_tokens / num_tokens
+    """`NUM_UPDATES` updates on the part that this process has of a batch."""
     first: dict[str, Tensor] = {}
-    for update in range(NUM_UPDATES):
-        if part.num_sequences:
-            learner.forward_backward(part, algorithm.terms)
-        reduce(learner)
-        if update == 0:
-            first = {name: p.grad.clone() for name, p in parameters(learner) if p.grad is not None}
-        learner.optim_step()
+    take_step = learner.optimizer.update
+
+    def note_and_take_step() -> Metrics:
+        """The optimizer is given the gradient of all ranks, which it then clips."""
+        if not first:
+            first.update({name: p.grad.clone() for name, p in parameters(learner) if p.grad is not None})
+        return take_step()
+
+    vars(learner.optimizer)["update"] = note_and_take_step
+    curve: list[Metrics] = []
+    for _ in range(NUM_UPDATES):
+        metrics = learner.forward_backward(part, algorithm.terms, compare_sampler=True)
+        before_update(learner)
+        curve.append(metrics | learner.optim_step())
     moments = {name: tensor.clone() for name, tensor in learner.optimizer.tensors().items()}
     weights = {name: p.detach().clone() for name, p in parameters(learner)}
-    return Outcome(first, moments | weights)
+    names = sorted({name for row in curve for name in row})
+    columns = {name: [row.get(name, torch.nan) for row in curve] for name in names}
+    metrics = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
+    return Outcome(first, moments | weights, metrics)
+
+
+if __name__ == "__main__":
+    _rank(Path(sys.argv[1]))

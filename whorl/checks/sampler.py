@@ -15,7 +15,7 @@ from whorl.checks.along import experts_differ, forced_logp
 from whorl.checks.table import Row
 from whorl.data import Metrics
 from whorl.kernels.lightning import BLOCK
-from whorl.learning.learner import sampler_gap
+from whorl.learning.seen import sampler_gap
 from whorl.model.config import ModelConfig
 from whorl.model.transformer import Transformer
 from whorl.sampling.draw import Sampling, stream_key

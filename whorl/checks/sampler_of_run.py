@@ -7,7 +7,7 @@ from whorl.checks.along import experts_differ
 from whorl.checks.sampler import LIMIT_NATS, gap_row, routing_row
 from whorl.checks.table import Row
 from whorl.data import Batch, Metrics, Rollout, cu_seqlens_of
-from whorl.learning.learner import sampler_gap
+from whorl.learning.seen import sampler_gap
 from whorl.run import Run
 
 

@@ -10,49 +10,35 @@ depend on how they are cut into micro-batches.
 
 A prompt that sequences of a micro-batch share is computed once and counts as often as it is shared: what the
 learner returns is what it would return for each sequence alone, at the cost of the distinct tokens.
+
+The ranks of a `torchrun` are learners of the same weights, each of which is given its part of the batch. They add
+up gradients and metrics, so the update and every metric is that of the whole batch and the same on each. A part
+may be empty, or hold no token that is trained.
 """
 
 import copy
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from whorl.algorithms.algorithm import LIVE, Term
 from whorl.algorithms.objectives import MAX_LOG_RATIO
 from whorl.data import Batch, Metrics, apply, columns_read_by
 from whorl.learning.checkpoint import check_tensors
+from whorl.learning.head import logp_and_entropy, logp_of
 from whorl.learning.optimizer import Optimizer, OptimizerSettings
 from whorl.learning.packing import layout_of, micro_batches, with_prefixes
+from whorl.learning.ranks import add_gradients, from_every_rank
+from whorl.learning.seen import Seen, first_fault, weight_fault
 from whorl.model.experts import Routing, load_balance_loss
 from whorl.model.layout import Fork, Layout
 from whorl.model.transformer import Hidden, Transformer
 
-HEAD_ELEMENTS = 2**26
-"""Most logits alive at once (256 MiB in fp32). More tokens are scored in pieces, whose logits are computed
-again in the backward pass: with a vocabulary of 100,000 they would outgrow all activations together."""
-
-
 Result = TypeVar("Result")
-
-
-@dataclass
-class _Seen:
-    """What one micro-batch adds: its gradient (None: already added), sums, choices of experts `[L, E]`, its
-    largest ratio, and the learner's and the sampler's log-probs of its trained tokens `[2, M]`."""
-
-    gradients: tuple[Tensor | None, ...] | None
-    sums: dict[str, Tensor]
-    chosen_LE: Tensor
-    largest_ratio: Tensor | None
-    compared: Tensor | None
 
 
 class Learner:
@@ -110,6 +96,8 @@ class Learner:
         self._share_LE = self._share_LE.to(self.device)
         self._chosen_LE = torch.zeros(layers, experts, dtype=torch.int64, device=self.device)
         self._pending = False
+        self.fault = ""
+        """What was first not finite, of the gradient that waits or of the last update; empty if nothing was."""
 
     # Reading: nothing here changes the learner.
 
@@ -149,75 +137,77 @@ class Learner:
     ) -> Metrics:
         """Add the gradient of the batch's loss to what `optim_step` will apply, and say what was seen.
 
-        `batch` is the whole batch of the update: it holds `tokens_N`, `trained_N`, a weight column for each
-        term and what the objectives read. Per-token metrics of the objectives become means over its
-        trained tokens; `ratio_max` is there if the batch holds `logp_old_N`. With `compare_sampler`, the
-        metrics of `sampler_gap` come at no extra pass: meaningful as long as the weights are those that
-        sampled the batch.
+        `batch` is the whole batch of the update, or this rank's part of it: it holds `tokens_N`, `trained_N`, a
+        weight column for each term and what the objectives read. Metrics are those of the whole batch, on
+        every rank. Per-token metrics of the objectives become means over its trained tokens; `ratio_max` is
+        there if the batch holds `logp_old_N`. With `compare_sampler`, the metrics of `sampler_gap` come at no
+        extra pass: meaningful as long as the weights are those that sampled the batch.
+
+        Where a log-probability or the loss is not finite, `fault` says so and `optim_step` will skip the update.
         """
         self._check(batch, terms)
+        counts = from_every_rank((batch.num_tokens, int(batch["trained_N"].sum())))
+        num_tokens, num_trained = (sum(numbers) for numbers in zip(*counts, strict=True))
+        if not num_trained:
+            raise ValueError("no token of the batch is trained")
         wanted = {name for term in terms for name in (*columns_read_by(term.objective), term.weight_column)}
         live = wanted & set(LIVE)
         wanted |= {"tokens_N", "trained_N"} | ({"logp_old_N"} if "logp_old_N" in batch else set())
         wanted |= {"logp_sampler_N"} if compare_sampler else set()
-        slim = Batch(batch.cu_seqlens, {name: c for name, c in batch.columns.items() if name in wanted})
+        kept = {name for name in wanted | {"group_S", "sample_S"} if name in batch.columns}
+        slim = Batch(batch.cu_seqlens, {name: batch[name] for name in kept})
         read_N = torch.stack([batch["trained_N"], *(batch[t.weight_column] != 0 for t in terms)]).any(dim=0)
         written_N = batch.columns.get("policy_N", read_N)
-        slim = with_prefixes(slim.with_columns(read_N=read_N), read_N | written_N)
+        slim = slim.with_columns(read_N=read_N, number_S=torch.arange(batch.num_sequences))
+        slim = with_prefixes(slim, read_N | written_N)
 
-        totals: defaultdict[str, Tensor | float] = defaultdict(float)
-        largest: list[Tensor] = []
-        both: list[Tensor] = []
-        chosen_LE = torch.zeros_like(self._chosen_LE)
+        seen = Seen(torch.zeros_like(self._chosen_LE))
         names = wanted | {"read_N"}
-        for seen in self._each_part(
-            slim, lambda p: self._learn_from(p, names, terms, live, batch.num_tokens)
+        for gradients, part in self._each_part(
+            slim, lambda part: self._learn_from(part, names, terms, live, num_tokens)
         ):
-            self._add_gradient(seen.gradients)
-            chosen_LE += seen.chosen_LE
-            for name, value in seen.sums.items():
-                totals[name] = totals[name] + value
-            largest += [] if seen.largest_ratio is None else [seen.largest_ratio]
-            both += [] if seen.compared is None else [seen.compared]
+            self._add_gradient(gradients)
+            seen.add(part)
+        everywhere = Seen(torch.zeros_like(self._chosen_LE, device="cpu"))
+        for part in from_every_rank(seen.cpu()):
+            everywhere.add(part)
+        if not self._pending:
+            self.fault = ""
+        if everywhere.fault:
+            self.fault = self.fault or weight_fault(self.model) or everywhere.fault
         self._pending = True
-        self._chosen_LE += chosen_LE
-        num_trained = int(batch["trained_N"].sum())
-        metrics = {
-            name.removeprefix("mean:"): float(value) / (num_trained if name.startswith("mean:") else 1)
-            for name, value in totals.items()
-        }
-        metrics["trained_tokens"] = float(num_trained)
-        if largest:
-            metrics["ratio_max"] = float(torch.stack(largest).max())
-        if both:
-            learner_M, sampler_M = torch.cat(both, dim=1)
-            metrics |= sampler_gap(learner_M, sampler_M, torch.ones_like(learner_M, dtype=torch.bool))
-        return metrics | _expert_load(chosen_LE)
+        self._chosen_LE += everywhere.chosen_LE.to(self.device)
+        return everywhere.metrics(num_trained)
 
     def _learn_from(
         self, part: Batch, names: set[str], terms: Sequence[Term], live: set[str], num_tokens: int
-    ) -> _Seen:
-        """Gradient and sums of one micro-batch, from the named columns of it; `num_tokens` of the whole batch."""
+    ) -> tuple[tuple[Tensor | None, ...] | None, Seen]:
+        """Gradient (None: already added) and sums of one micro-batch, from the named columns of it.
+
+        `num_tokens` is the number of tokens of the whole batch.
+        """
         columns = {name: part[name].to(self.device) for name in names if name in part}
         hidden, layout = self._run(part, self.model)
         columns |= self._live(columns, hidden.hidden_ND, layout, live)
         loss, sums = _sum_terms(columns, terms)
-        chosen_LE = torch.zeros_like(self._chosen_LE)
-        router_loss, router_sums = self._router(hidden.routing, layout, chosen_LE, num_tokens)
+        seen = Seen(torch.zeros_like(self._chosen_LE), sums)
+        router_loss, router_sums = self._router(hidden.routing, layout, seen.chosen_LE, num_tokens)
+        seen.sums |= router_sums
         loss = loss + self.router_aux_coefficient * router_loss
+        logp_N, trained_N = columns["logp_N"].detach(), columns["trained_N"]
+        if not (loss.isfinite() & logp_N.isfinite().all()):
+            seen.fault = first_fault(columns, terms, part)
         gradients = None
         if self.num_threads == 1:
             loss.backward()  # adds to .grad in place, without a second copy of all gradients
         else:
             gradients = torch.autograd.grad(loss, self.optimizer.parameters, allow_unused=True)
-        logp_N, trained_N = columns["logp_N"].detach(), columns["trained_N"]
-        largest_ratio = compared = None
         if "logp_old_N" in columns:
             gap_N = torch.where(trained_N, logp_N - columns["logp_old_N"], -torch.inf)
-            largest_ratio = gap_N.clamp(max=MAX_LOG_RATIO).max().double().exp()
+            seen.largest_ratio.append(gap_N.clamp(max=MAX_LOG_RATIO).max().double().exp())
         if "logp_sampler_N" in columns:
-            compared = torch.stack([logp_N, columns["logp_sampler_N"]])[:, trained_N]
-        return _Seen(gradients, sums | router_sums, chosen_LE, largest_ratio, compared)
+            seen.compared.append(torch.stack([logp_N, columns["logp_sampler_N"]])[:, trained_N])
+        return gradients, seen
 
     def _add_gradient(self, gradients: tuple[Tensor | None, ...] | None) -> None:
         """Add a micro-batch's gradient to the sum. Always in the order of micro-batches, whoever was first."""
@@ -238,7 +228,7 @@ class Learner:
         1.8 times as fast as one, and unlike OpenMP's they do not spin while they wait.
         """
         parts = micro_batches(batch, self.token_budget, self.num_threads)
-        if self.num_threads == 1 or len(parts) == 1:
+        if self.num_threads == 1 or len(parts) <= 1:
             yield from map(work, parts)
             return
         if self._threads is None:
@@ -246,11 +236,17 @@ class Learner:
         yield from self._threads.map(work, parts)
 
     def optim_step(self) -> Metrics:
-        """Apply the accumulated gradient; the version grows by one.
+        """Apply the accumulated gradient, of all ranks; the version grows by one.
 
-        A gradient that is not finite is dropped and changes nothing (`skipped_updates` is 1).
+        If it is not finite, or what it was made of was not, it is dropped and changes nothing: `skipped_updates`
+        is 1, and `fault` says what was first not finite.
         """
-        metrics = self.optimizer.update()
+        add_gradients(self.optimizer.parameters)
+        if self.fault:
+            metrics = self.optimizer.skip()
+        else:
+            metrics = self.optimizer.update()
+            self.fault = self.optimizer.fault
         if not metrics["skipped_updates"]:
             self.version += 1
             if self._chosen_LE.numel():
@@ -282,7 +278,7 @@ class Learner:
         self.version = state["version"]
         self.optimizer.adamw.zero_grad(set_to_none=True)
         self._chosen_LE.zero_()
-        self._pending = False
+        self._pending, self.fault = False, ""
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         trained = {f"model/{name}": p for name, p in self.model.named_parameters()}
@@ -339,9 +335,10 @@ class Learner:
             return values_M.new_zeros(len(columns["read_N"])).index_copy(0, index_M, values_M)
 
         made = {}
-        logp_M, entropy_M = self._logp_and_entropy(
-            self.model, hidden_MD, columns["tokens_N"][index_M], "entropy_N" in live
-        )
+        logp_M, entropy_M = logp_and_entropy(
+            self.model, hidden_MD, columns["tokens_N"][index_M], self.temperature,
+            entropy_gradient="entropy_N" in live,
+        )  # fmt: skip
         made["logp_N"], made["entropy_N"] = spread(logp_M), spread(entropy_M)
         if "value_N" in live:
             made["value_N"] = spread(self._value(hidden_MD))
@@ -352,38 +349,8 @@ class Learner:
             raise ValueError("this learner has no critic; build it with value_head=True")
         return self.value_head(hidden_MD.to(self.dtype))[:, 0]
 
-    def _logp(
-        self, model: Transformer, hidden_MD: Tensor, target_M: Int[Tensor, " M"]
-    ) -> Float[Tensor, " M"]:
-        pieces = [
-            _target(self._logp_of_all(model, hidden), target)
-            for hidden, target in self._pieces(hidden_MD, target_M)
-        ]
-        return torch.cat(pieces)
-
-    def _logp_and_entropy(
-        self, model: Transformer, hidden_MD: Tensor, target_M: Tensor, entropy_gradient: bool
-    ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
-        def score(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-            logp_MV = self._logp_of_all(model, hidden)
-            inner = logp_MV if entropy_gradient else logp_MV.detach()
-            return _target(logp_MV, target), -(inner.exp() * inner).sum(dim=-1)
-
-        pieces = self._pieces(hidden_MD, target_M)
-        if len(pieces) == 1:
-            return score(*pieces[0])
-        scores = [checkpoint(score, *piece, use_reentrant=False) for piece in pieces]
-        return torch.cat([logp for logp, _ in scores]), torch.cat([entropy for _, entropy in scores])
-
-    def _logp_of_all(self, model: Transformer, hidden_MD: Tensor) -> Tensor:
-        logits = model.logits(hidden_MD)
-        if self.temperature != 1.0:
-            logits = logits / self.temperature
-        return logits.log_softmax(dim=-1)
-
-    def _pieces(self, hidden_MD: Tensor, target_M: Tensor) -> list[tuple[Tensor, Tensor]]:
-        rows = max(HEAD_ELEMENTS // self.model.config.vocab_size, 1)
-        return list(zip(hidden_MD.split(rows), target_M.split(rows), strict=True))
+    def _logp(self, model: Transformer, hidden_MD: Tensor, target_M: Tensor) -> Tensor:
+        return logp_of(model, hidden_MD, target_M, self.temperature)
 
     def _router(
         self, routing: list[Routing], layout: Layout | Fork, chosen_LE: Tensor, num_tokens: int
@@ -419,8 +386,6 @@ class Learner:
             if name not in batch:
                 raise ValueError(f"the batch has no column {name}; make it with assemble or supervised_batch")
             _check_first_tokens(batch, batch[name] != 0, name)
-        if not batch["trained_N"].any():
-            raise ValueError("no token of the batch is trained")
 
 
 def _sum_terms(columns: Mapping[str, Tensor], terms: Sequence[Term]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -445,10 +410,6 @@ def _sum_terms(columns: Mapping[str, Tensor], terms: Sequence[Term]) -> tuple[Te
     return loss, sums
 
 
-def _target(logp_MV: Tensor, target_M: Tensor) -> Tensor:
-    return logp_MV.gather(1, target_M[:, None])[:, 0]
-
-
 def _check_first_tokens(batch: Batch, marked_N: Tensor, name: str) -> None:
     first = marked_N[batch.cu_seqlens[:-1]].nonzero().flatten()
     if len(first):
@@ -456,38 +417,3 @@ def _check_first_tokens(batch: Batch, marked_N: Tensor, name: str) -> None:
             f"{name} marks the first token of sequence {int(first[0])}, which has no log-probability: "
             "nothing stands before it. Begin every sequence with a prompt token"
         )
-
-
-def _expert_load(chosen_LE: Tensor) -> Metrics:
-    """E times the largest and the smallest share of choices that one expert got, averaged over layers."""
-    if not chosen_LE.numel():
-        return {}
-    load_LE = chosen_LE.double() / chosen_LE.sum(dim=1, keepdim=True) * chosen_LE.shape[1]
-    return {
-        "expert_load_max": float(load_LE.amax(dim=1).mean()),
-        "expert_load_min": float(load_LE.amin(dim=1).mean()),
-    }
-
-
-def sampler_gap(
-    logp_learner_N: Float[Tensor, " N"], logp_sampler_N: Float[Tensor, " N"], mask_N: Bool[Tensor, " N"]
-) -> Metrics:
-    """How far two computations of the same tokens' log-probabilities are apart, over the masked tokens.
-
-    |difference| in nats: mean, 99th percentile, largest; and the Pearson correlation of the
-    probabilities, the figure MiniMax-M1 reports (arXiv:2506.13585 section 3.2). The correlation is left
-    out where it is not defined, with fewer than two different probabilities on a side.
-    """
-    if not mask_N.any():
-        raise ValueError("sampler_gap compares the masked tokens, and the mask selects none")
-    learner_M, sampler_M = logp_learner_N[mask_N].double(), logp_sampler_N[mask_N].double()
-    gap_M = (learner_M - sampler_M).abs()
-    metrics = {
-        "sampler_gap_mean_nats": float(gap_M.mean()),
-        "sampler_gap_p99_nats": float(gap_M.kthvalue(math.ceil(0.99 * len(gap_M))).values),
-        "sampler_gap_max_nats": float(gap_M.max()),
-    }
-    probs = torch.stack([learner_M, sampler_M]).exp()
-    if (probs != probs[:, :1]).any(dim=1).all():
-        metrics["sampler_prob_correlation"] = float(torch.corrcoef(probs)[0, 1])
-    return metrics

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from whorl.data import Metrics
+from whorl.learning.seen import gradient_fault
 
 FUSED_DEVICES = ("cpu", "cuda")
 
@@ -92,6 +93,8 @@ class Optimizer:
         vectors = {name: p for name, p in named.items() if p.ndim < 2}
         self.settings = settings
         self.step = 0
+        self.fault = ""
+        """What was not finite in the gradient that the last `update` dropped; empty if it was taken."""
         # torch numbers parameters through its groups in order; so do these lists.
         self.names = [*matrices, *vectors]
         self.parameters = [*matrices.values(), *vectors.values()]
@@ -109,8 +112,7 @@ class Optimizer:
     def update(self) -> Metrics:
         """Take the step that the gradients ask for, and drop them.
 
-        If their norm is not finite nothing changes, neither weights nor moments nor schedule:
-        `skipped_updates` is 1 and there is no `grad_norm` to report.
+        If their norm is not finite they are dropped as `skip` does it, and `fault` names the first such gradient.
         """
         limit, rate = self.settings.max_grad_norm, self.settings.learning_rate_at(self.step)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -118,9 +120,9 @@ class Optimizer:
             raise ValueError("there is no gradient to update with; call forward_backward before optim_step")
         norm = torch.nn.utils.get_total_norm(gradients)
         grad_norm = float(norm)
-        if not math.isfinite(grad_norm):
-            self.adamw.zero_grad(set_to_none=True)
-            return {"learning_rate": rate, "skipped_updates": 1.0}
+        self.fault = "" if math.isfinite(grad_norm) else gradient_fault(self.names, self.parameters)
+        if self.fault:
+            return self.skip()
         if grad_norm > limit:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
         for group in self.adamw.param_groups:
@@ -134,6 +136,14 @@ class Optimizer:
             "learning_rate": rate,
             "skipped_updates": 0.0,
         }
+
+    def skip(self) -> Metrics:
+        """Drop the gradients. Nothing changes, neither weights nor moments nor schedule.
+
+        `skipped_updates` is 1 and there is no `grad_norm` to report.
+        """
+        self.adamw.zero_grad(set_to_none=True)
+        return {"learning_rate": self.settings.learning_rate_at(self.step), "skipped_updates": 1.0}
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments and step counts as `<parameter>/<moment>`: torch's own tensors, not copies."""

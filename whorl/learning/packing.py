@@ -44,7 +44,9 @@ def with_prefixes(batch: Batch, read_N: Bool[Tensor, " N"]) -> Batch:
     ):
         key = tokens[start : start + count].tobytes() if length_S[s] > 1 else s
         prefix.append(numbers.setdefault(key, len(numbers)))
-    return batch.with_columns(prefix_S=torch.tensor(prefix), prefix_length_S=prefix_length_S)
+    return batch.with_columns(
+        prefix_S=torch.tensor(prefix, dtype=torch.int64), prefix_length_S=prefix_length_S
+    )
 
 
 def layout_of(batch: Batch, device: torch.device) -> Layout | Fork:
@@ -63,7 +65,7 @@ def _worth_sharing(lengths: Sequence[int], prefixes: Sequence[int], prefix_lengt
 
 
 def micro_batches(batch: Batch, token_budget: int, num_threads: int = 1) -> list[Batch]:
-    """The sequences of `batch`, each in exactly one of the returned batches.
+    """The sequences of `batch`, each in exactly one of the returned batches; none for a batch without any.
 
     Attention works on padded rows, so a micro-batch costs (its longest sequence) x (its number of sequences).
     Where it is a `Fork`, it costs (its longest prefix) x (its number of prefixes)
@@ -76,6 +78,8 @@ def micro_batches(batch: Batch, token_budget: int, num_threads: int = 1) -> list
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1; got {token_budget}")
     lengths = batch.length_S.tolist()
+    if not lengths:
+        return []
     shared = "prefix_S" in batch
     prefixes = batch["prefix_S"].tolist() if shared else list(range(len(lengths)))
     prefix_lengths = batch["prefix_length_S"].tolist() if shared else lengths
