@@ -54,6 +54,10 @@ class Run:
     """Steps that are finished. 0 with `warm` True: the cold start is over."""
     warm: bool = False
     steps_without_signal: int = 0
+    skipped_in_a_row: int = 0
+    """Updates that were not taken since the last one that was."""
+    faulty_steps: list[int] = field(default_factory=list)
+    """Steps with an update that was not taken: their rollouts are kept."""
     kept_rollouts: dict[str, list[Group]] = field(default_factory=dict)
     """Held-out rollouts of the first and the last evaluation, for the summary."""
 
@@ -112,6 +116,8 @@ class Run:
             "learner": state,
             "step": self.step,
             "steps_without_signal": self.steps_without_signal,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "faulty_steps": self.faulty_steps,
             "curriculum": self.curriculum.state_dict(),
         }
         checkpoints = self.directory.path / "checkpoints"
@@ -126,6 +132,8 @@ class Run:
         self.learner.load_state_dict(tensors, state["learner"])
         self.step, self.warm = state["step"], True
         self.steps_without_signal = state["steps_without_signal"]
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.faulty_steps = list(state.get("faulty_steps", []))
         self.curriculum.load_state_dict(state["curriculum"])
         self.engine.load(self.learner.weights(), self.learner.version)
 

@@ -126,7 +126,7 @@ class RunDirectory:
         self._metrics.truncate_after(step)
         for later in self.rollout_steps():
             if later > step:
-                self._rollout_file(later).unlink()
+                self.rollout_file(later).unlink()
 
     def truncate_supervised_after(self, update: int) -> None:
         self._supervised.truncate_after(update)
@@ -145,6 +145,7 @@ class RunDirectory:
         groups: Sequence[Group],
         advantages: Sequence[Any] | None = None,
         token_text: Callable[[int], str] | None = None,
+        greedy_rewards: Sequence[float] | None = None,
     ) -> Path:
         """Record what was sampled in a step.
 
@@ -152,15 +153,16 @@ class RunDirectory:
             advantages: one array per judged rollout, in the order of `whorl.data.pack`
                 (`batch.unpack("advantage_N")`); None if no credit was given.
             token_text: text of a token id. With it the report can shade single tokens.
+            greedy_rewards: one for each judged rollout, where the algorithm compares with a greedy one.
         """
         buffer = pa.BufferOutputStream()
-        pq.write_table(to_table(groups, advantages, token_text), buffer, compression="zstd")
-        write_atomically(self._rollout_file(step), memoryview(buffer.getvalue()))
-        return self._rollout_file(step)
+        pq.write_table(to_table(groups, advantages, token_text, greedy_rewards), buffer, compression="zstd")
+        write_atomically(self.rollout_file(step), memoryview(buffer.getvalue()))
+        return self.rollout_file(step)
 
     def read_rollouts(self, step: int) -> list[StoredRollout]:
         """The rollouts of a step, as they were written."""
-        file = self._rollout_file(step)
+        file = self.rollout_file(step)
         if not file.exists():
             steps = self.rollout_steps()
             have = f"rollouts of steps {steps[0]} to {steps[-1]}" if steps else "no rollouts"
@@ -171,7 +173,8 @@ class RunDirectory:
         """Steps whose rollouts are recorded, in order."""
         return _steps_in(self.path / "rollouts", r"step_(\d+)\.parquet")
 
-    def _rollout_file(self, step: int) -> Path:
+    def rollout_file(self, step: int) -> Path:
+        """Where the rollouts of a step belong."""
         return self.path / "rollouts" / f"step_{step:06d}.parquet"
 
 
