@@ -13,21 +13,36 @@ import pytest
 from tests.support import know_tiny, tiny_run
 from whorl.cli import main
 from whorl.data import Rollout, Score
+from whorl.environments.chain_arithmetic import ChainArithmetic
+from whorl.environments.guess_number import GuessNumber
 from whorl.loop import train
 from whorl.replay import Replay, replay, replayable_steps, verdict
 from whorl.reporting.rollout_table import TOKEN_COLUMNS
 from whorl.reporting.run_directory import RunDirectory
 from whorl.run import Run
+from whorl.settings import ColdStart
 
 SEVERAL_TURNS = "guess_number,width=4,max_number=99,max_turns=3"
 
 
 def trained(path: Path, monkeypatch, **changes) -> Run:
-    """A run of 4 steps with checkpoints after 0, 2 and 4, whose verdicts need no cold start to differ."""
+    """A run of 4 steps with checkpoints after 0, 2 and 4.
+
+    The verdict is whether the reply is of odd length, so that no cold start is needed for rewards to differ; other
+    processes would not hear of that.
+    """
     settings = {"num_steps": 4, "checkpoint_every_steps": 2, "rollouts_every_steps": 1, "keep_checkpoints": 9}
+    if changes.get("cores", 1) == 1:
+        settings["cold_start"] = ColdStart()
+        for environment in (ChainArithmetic, GuessNumber):
+            monkeypatch.setattr(environment, "verify", odd)
     run = tiny_run(path, monkeypatch, **(settings | changes))
     assert train(run) is None
     return run
+
+
+def odd(environment, problem, rollout: Rollout) -> Score:
+    return Score(float(rollout.num_response_tokens % 2), why="counted")
 
 
 def numbers(result: Replay, step: int) -> dict[str, tuple]:
@@ -74,25 +89,10 @@ def test_every_step_gives_the_same_numbers_to_the_bit(tmp_path, monkeypatch, cha
 
 
 def test_rollouts_of_several_turns_are_replayed(tmp_path, monkeypatch):
-    from whorl.settings import ColdStart
-
-    def by_length(self, problem, rollout: Rollout) -> Score:
-        return Score(float(rollout.num_response_tokens % 2))
-
-    monkeypatch.setattr("whorl.environments.guess_number.GuessNumber.verify", by_length)
-    run = trained(
-        tmp_path / "run", monkeypatch, environment=SEVERAL_TURNS, max_context=96, cold_start=ColdStart(),
-        optimizer=tiny_settings(),
-    )  # fmt: skip
+    run = trained(tmp_path / "run", monkeypatch, environment=SEVERAL_TURNS, max_context=96)
     stored = run.directory.read_rollouts(4)
     assert max(len(one.rollout.replies) for one in stored) > 1
     assert replay(run.directory.path, 4).is_equal
-
-
-def tiny_settings():
-    from whorl.learning.optimizer import OptimizerSettings
-
-    return OptimizerSettings(1e-3)
 
 
 @pytest.fixture(scope="module")
