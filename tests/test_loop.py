@@ -9,10 +9,11 @@ from whorl import loop
 from whorl.algorithms.catalog import ALGORITHMS
 from whorl.data import Problem, Score
 from whorl.learning.checkpoint import load
-from whorl.loop import Clock, combine, hopeless, sample_groups, split_for_updates, train
+from whorl.loop import Clock, hopeless, sample_groups, train
 from whorl.reporting.glossary import check_names
 from whorl.reporting.report import build_report
 from whorl.run import open_run
+from whorl.updates import combine, split_for_updates
 
 TIMES = ("seconds", "per_second", "memory_gib")
 
@@ -214,8 +215,9 @@ def test_if_nothing_can_be_judged_the_run_says_why(tmp_path, monkeypatch):
         raise RuntimeError("the judge is ill")
 
     object.__setattr__(run.environment, "verify", broken)
-    with pytest.raises(ValueError, match="the judge is ill"):
-        train(run)
+    reason = train(run)
+    assert "no rollout of step 1 could be judged" in (reason or "")
+    assert "the judge is ill" in (reason or "")
 
 
 def test_an_environment_that_fails_in_an_episode_is_recorded_with_its_error(tmp_path, monkeypatch):
@@ -245,8 +247,7 @@ def test_weights_that_never_reached_the_sampler_stop_the_run(tmp_path, monkeypat
     calls = iter(range(10_000))
     object.__setattr__(run.environment, "verify", lambda problem, rollout: Score(float(next(calls) % 2)))
     run.deliver = dict  # nor does anybody look
-    with pytest.raises(ValueError, match="sampler and learner disagree"):
-        train(run)
+    assert "sampler and learner disagree" in (train(run) or "")
 
 
 def test_a_training_problem_that_is_also_held_out_is_refused(tmp_path, monkeypatch):

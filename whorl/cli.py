@@ -1,4 +1,4 @@
-"""The command line: whorl train | resume | evaluate | play | check | list | report | convert | model."""
+"""The command line: whorl train | resume | replay | evaluate | play | check | list | report | convert | model."""
 
 import contextlib
 import inspect
@@ -15,13 +15,16 @@ import rich.console
 import rich.markup
 from rich.table import Table
 
-COMMANDS = ("train", "resume", "evaluate", "play", "check", "list", "report", "convert", "model")
+COMMANDS = (
+    "train", "resume", "replay", "evaluate", "play", "check", "list", "report", "convert", "model",
+)  # fmt: skip
 PROMISES = ("sampler", "gradients", "resume", "verifiers")
 """What `whorl check` proves besides environments."""
 USAGE = """usage: whorl COMMAND ...
 
   train RECIPE [overrides]    start a run (whorl train quickstart; whorl train RECIPE --help)
   resume RUN                  go on with a run from its newest checkpoint
+  replay RUN --step N         learn from one recorded step again, for debugging: the same loss to the bit
   evaluate RUN                accuracy of a checkpoint on held-out problems, with intervals
   play RUN                    talk to a checkpoint and see the verdicts
   check [WHAT]                prove that a promise holds: sampler, gradients, resume, verifiers, an environment,
@@ -56,6 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (ArithmeticError, MemoryError, RuntimeError) as error:
+        from whorl.faults import in_words
+
+        if (text := in_words(error)) is None:
+            raise  # a bug of ours
+        print(f"error: {text}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; `whorl resume RUN` goes on with a run that was made", file=sys.stderr)
         return 130
@@ -81,6 +91,7 @@ def _handlers() -> dict[str, Callable[[list[str]], int]]:
     return {
         "train": _train,
         "resume": _resume,
+        "replay": _replay,
         "evaluate": _evaluate,
         "play": _play,
         "check": _check,
@@ -182,10 +193,8 @@ def _conclude(run, reason: str | None) -> int:
 
     summarise(run)
     if reason:
-        run.directory.stopped_early(reason)
+        print(f"stopped early: {reason}", flush=True)
     page = build_report(run.directory)
-    if reason:
-        print(f"stopped early: {reason}")
     print(f"run directory: {run.directory.path}\nreport: {page}")
     return 1 if reason else 0
 
@@ -211,6 +220,29 @@ def _stoppable(run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _replay(words: list[str]) -> int:
+    import tyro
+
+    def replay(run: Annotated[Path, tyro.conf.Positional], step: int | None = None) -> int:
+        """Learn from the recorded rollouts of one step again and compare with what was logged, to the bit. Nothing
+        in the run directory changes. Exit code 0 if all is equal, 1 if not.
+
+        Args:
+            run: the run directory.
+            step: which step; without it the error says which ones can be replayed.
+        """
+        from whorl import replay as replays
+        from whorl.reporting.console import Console
+
+        with Console() as progress:
+            result = replays.replay(run, step, progress)
+        rich.console.Console().print(replays.table_of(result))
+        print(replays.verdict(result))
+        return 0 if result.is_equal else 1
+
+    return _parse(replay, words, "replay")
 
 
 def _evaluate(words: list[str]) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from whorl.curricula.base import Curriculum
 from whorl.data import Problem
 from whorl.environments.base import Environment
+from whorl.faults import FOR_LEARNING, explained
 from whorl.learning.learner import Learner
 from whorl.learning.supervised import SUPERVISED, Example, supervised_batch
 from whorl.model.tokenizer import ChatTokenizer
@@ -16,6 +17,7 @@ from whorl.run import Run, new_curriculum, num_cores
 from whorl.sampling.dialogue import Dialogue, Script
 
 
+@explained("in the cold start", FOR_LEARNING)
 def cold_start(run: Run) -> None:
     """Fine-tune until the accuracy of sampled validation answers reaches the gate.
 

@@ -1,56 +1,66 @@
 """The training loop, in the order in which things happen."""
 
 import time
-from dataclasses import replace
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from whorl.algorithms.algorithm import assemble, batch_statistics, group_statistics, with_signal
+from whorl.algorithms.algorithm import group_statistics, with_signal
 from whorl.cold_start import cold_start
-from whorl.data import Batch, Group, Metrics
+from whorl.data import Batch, Group, Metrics, columns_read_by
 from whorl.evaluation.evaluate import evaluate_on
+from whorl.faults import FOR_LEARNING, Stop, explained, skipped_too_often
 from whorl.rollouts import measure
 from whorl.run import Run, memory_gib
+from whorl.updates import learn, make_batch
 
 
 def train(run: Run) -> str | None:
-    """Carry the run to its last step. Returns None, or the reason why it stopped before.
+    """Carry the run to its last step. Returns None, or the reason why it stopped before, which the run keeps.
 
     KeyboardInterrupt if the run was asked to stop (`run.stopping`); it then goes on from its newest checkpoint.
     """
-    settings = run.settings
-    run.player.start()
-    if not run.warm:
-        cold_start(run)
-        begin(run)
-    while run.step < settings.num_steps:
-        if run.stopping:
-            raise KeyboardInterrupt
-        if reason := hopeless(run):
-            return reason
-        clock = Clock()
-        groups, sampled = sample_groups(run, clock)
-        batch = assemble(groups, run.algorithm, provide(run, groups))
-        metrics = learn(run, batch)
-        metrics |= run.deliver()
-        clock.lap("train_seconds")
-
-        run.step += 1
-        metrics |= sampled | clock.read(batch) | {"step": run.step, "policy_version": run.learner.version}
-        metrics["memory_gib"] = memory_gib(run.player)
-        if due(run, settings.evaluation.every_steps):
-            metrics |= evaluate(run)
-        if due(run, settings.rollouts_every_steps) or run.step == 1:
-            advantages = [column.numpy() for column in batch.unpack("advantage_N")]
-            run.directory.write_rollouts(run.step, groups, advantages, run.tokenizer.token_text)
-        run.log(metrics)
-        if run.stopping or due(run, settings.checkpoint_every_steps) or due_by_time(run):
-            run.save()
+    try:
+        run.player.start()
+        if not run.warm:
+            cold_start(run)
+            begin(run)
+        while run.step < run.settings.num_steps:
+            if run.stopping:
+                raise KeyboardInterrupt
+            take_step(run)
+    except (Stop, ChildProcessError) as stop:
+        reason = str(stop)
+        run.directory.stopped_early(reason)
+        return reason
     return None
 
 
+@explained("in step {next}", FOR_LEARNING)
+def take_step(run: Run) -> None:
+    """One step of the run: sample, learn, evaluate, keep. `Stop` if it makes no sense to go on after it."""
+    settings = run.settings
+    clock = Clock()
+    groups, sampled = sample_groups(run, clock)
+    batch = make_batch(run, groups)
+    clock.lap("train_seconds")
+    record(run, groups, batch)
+    clock.lap("save_seconds")
+    metrics = learn(run, batch) | run.deliver()
+    clock.lap("train_seconds")
+
+    run.step += 1
+    metrics |= sampled | clock.read(batch) | {"step": run.step, "policy_version": run.learner.version}
+    metrics["memory_gib"] = memory_gib(run.player)
+    if due(run, settings.evaluation.every_steps):
+        metrics |= evaluate(run)
+    run.log(metrics)
+    count_failures(run, metrics)
+    if reason := hopeless(run):
+        raise Stop(reason)
+    if run.stopping or due(run, settings.checkpoint_every_steps) or due_by_time(run):
+        run.save()
+        forget_rollouts(run)
+
+
+@explained("before the first step")
 def begin(run: Run) -> None:
     """Step 0: the policy as it is before reinforcement learning, evaluated and kept."""
     run.warm = True
@@ -60,6 +70,7 @@ def begin(run: Run) -> None:
     run.save()
 
 
+@explained("in the evaluation after step {done}")
 def evaluate(run: Run) -> Metrics:
     """Accuracy on the held-out problems, sampled as in training; the rollouts are recorded."""
     chosen = run.settings.evaluation
@@ -71,8 +82,10 @@ def evaluate(run: Run) -> Metrics:
     return metrics
 
 
-def due(run: Run, every: int) -> bool:
-    return run.step == run.settings.num_steps or (every > 0 and run.step % every == 0)
+def due(run: Run, every: int, step: int | None = None) -> bool:
+    """Whether what happens every so many steps happens in this one (default: the run's own); in the last it does."""
+    step = run.step if step is None else step
+    return step == run.settings.num_steps or (every > 0 and step % every == 0)
 
 
 def due_by_time(run: Run) -> bool:
@@ -80,6 +93,25 @@ def due_by_time(run: Run) -> bool:
     return every_minutes > 0 and run.minutes_since_save >= every_minutes
 
 
+def record(run: Run, groups: list[Group], batch: Batch | None = None) -> None:
+    """Write what was sampled, before it is learned from: whatever happens then can be looked at and replayed."""
+    advantages = greedy = None
+    if batch is not None:
+        advantages = [column.numpy() for column in batch.unpack("advantage_N")]
+        greedy = batch["reward_greedy_S"].tolist() if "reward_greedy_S" in batch else None
+    run.directory.write_rollouts(run.step + 1, groups, advantages, run.tokenizer.token_text, greedy)
+
+
+def forget_rollouts(run: Run) -> None:
+    """Delete rollouts from which no step can be replayed any more, but those that are kept for good."""
+    oldest = run.directory.checkpoint_steps()[0]
+    for step in run.directory.rollout_steps():
+        for_good = step == 1 or step in run.faulty_steps or due(run, run.settings.rollouts_every_steps, step)
+        if step <= oldest and not for_good:
+            run.directory.rollout_file(step).unlink()
+
+
+@explained("while rollouts were played in step {next}")
 def sample_groups(run: Run, clock: "Clock") -> tuple[list[Group], Metrics]:
     """A step's groups, and what was seen of all that was sampled.
 
@@ -105,10 +137,7 @@ def sample_groups(run: Run, clock: "Clock") -> tuple[list[Group], Metrics]:
         chosen += with_signal(groups) if run.algorithm.dynamic_sampling else groups
         if len(chosen) >= wanted:
             break
-    errors = [rollout.error for group in seen for rollout in group.rollouts if rollout.error]
-    if not any(group.judged for group in seen):
-        raise ValueError(f"no rollout of step {run.step + 1} could be judged; the first error: {errors[:1]}")
-    run.steps_without_signal = 0 if with_signal(seen) else run.steps_without_signal + 1
+    check_judged(run, seen)
     clock.lap("generate_seconds")
     clock.seconds["verify_seconds"] = verify_seconds
     clock.seconds["generate_seconds"] -= verify_seconds
@@ -121,90 +150,30 @@ def sample_groups(run: Run, clock: "Clock") -> tuple[list[Group], Metrics]:
     return (chosen or [group for group in seen if group.judged]), metrics
 
 
-def provide(run: Run, groups: list[Group]) -> dict:
-    """The columns an algorithm may need beyond what the rollouts hold."""
-
-    def greedy_rewards(batch: Batch) -> Tensor:
-        """Reward of one greedy rollout of each problem; the group's mean where it could not be judged."""
-        greedy = replace(run.settings.sampling, temperature=0.0)
-        played, _ = run.player.play([g.problem for g in groups], 1, greedy, ("greedy", run.step))
-        rewards = [
-            greedy_group.rewards[0] if greedy_group.judged else group.rewards.mean()
-            for greedy_group, group in zip(played, groups, strict=True)
-        ]
-        return torch.tensor(rewards, dtype=torch.float64)[batch["group_S"]]
-
-    return {
-        "logp_ref_N": run.learner.reference_logprobs,
-        "logp_old_N": run.learner.logprobs,
-        "value_old_N": run.learner.values,
-        "reward_greedy_S": greedy_rewards,
-    }
+def check_judged(run: Run, seen: list[Group]) -> None:
+    """`Stop` if too few rollouts of a step could be judged to give credit to any; they are recorded first."""
+    compares = "group_S" in columns_read_by(run.algorithm.credit)
+    if max(len(group.judged) for group in seen) >= (2 if compares else 1):
+        return
+    record(run, seen)
+    rollouts = [rollout for group in seen for rollout in group.rollouts]
+    reasons = [r.error or (r.score.why if r.score else "") for r in rollouts if r.reward is None]
+    first = next(filter(None, reasons), "no reason was given")
+    what = "no problem of step {} has two rollouts that could be judged, so none can be compared"
+    if not any(group.judged for group in seen):
+        what = "no rollout of step {} could be judged"
+    raise Stop(
+        f"{what.format(run.step + 1)}; why the first could not: {first}. All are in "
+        f"{run.directory.rollout_file(run.step + 1)}"
+    )
 
 
-def learn(run: Run, batch: Batch) -> Metrics:
-    """All updates of one batch; metrics are means over the updates unless their name says otherwise."""
-    terms = run.algorithm.terms
-    statistics = batch_statistics(batch)
-    if len(terms) == 1 and not batch["advantage_N"].any():
-        # Nothing to learn. With eps as small as M1's, Adam would blow up whatever else is left (the router's
-        # loss) to full-size steps.
-        return statistics
-    rows: list[Metrics] = []
-    parts = split_for_updates(batch, run.settings.updates_per_batch, (run.settings.seed, run.step))
-    with run.progress.phase("updates", len(parts)) as advance:
-        for index, part in enumerate(parts):
-            first = index == 0
-            row = run.learner.forward_backward(part, terms, compare_sampler=first)
-            if first and row["sampler_gap_max_nats"] > run.settings.sampler_gap_limit_nats:
-                raise ValueError(
-                    f"sampler and learner disagree by {row['sampler_gap_max_nats']:.2g} nats on a token of step "
-                    f"{run.step + 1}; the limit is {run.settings.sampler_gap_limit_nats:g} "
-                    "(sampler_gap_limit_nats). Weights that were not delivered look like this"
-                )
-            rows.append(row | run.learner.optim_step())
-            advance(1)
-    return statistics | combine(rows)
-
-
-def split_for_updates(batch: Batch, num_updates: int, seed: tuple[int, int]) -> list[Batch]:
-    """The batch divided by group, in an order of its own, into one part per update.
-
-    Weights were fixed on the whole batch and are multiplied by the number of updates: each part's loss has the
-    size of the whole one, and no token weighs more for the part it fell into.
-    """
-    if num_updates == 1:
-        return [batch]
-    group_S = batch["group_S"]
-    present = group_S.unique()
-    order = np.random.default_rng([*seed, 3]).permutation(len(present))
-    parts = []
-    for chosen in np.array_split(order, num_updates):
-        sequences = torch.isin(group_S, present[torch.from_numpy(chosen)]).nonzero().flatten()
-        part = batch.select(sequences)
-        if part.num_sequences == 0 or not part["trained_N"].any():
-            continue
-        scaled = {n: c * num_updates for n, c in part.columns.items() if n.startswith("weight_")}
-        parts.append(part.with_columns(**scaled))
-    return parts
-
-
-def combine(rows: list[Metrics]) -> Metrics:
-    """Metrics of a step from those of its updates."""
-    combined: Metrics = {}
-    for name in {name: None for row in rows for name in row}:
-        values = [row[name] for row in rows if name in row]
-        if name in ("skipped_updates", "trained_tokens"):
-            combined[name] = float(np.sum(values))
-        elif name == "ratio_max":
-            combined[name] = float(np.max(values))
-        elif name in ("learning_rate", "weight_norm"):
-            combined[name] = values[-1]
-        else:
-            combined[name] = float(np.mean(values))
-    if "grad_norm" in combined:
-        combined["grad_norm_max"] = float(np.max([row["grad_norm"] for row in rows if "grad_norm" in row]))
-    return combined
+def count_failures(run: Run, metrics: Metrics) -> None:
+    """Note of a finished step whether there was something to learn, and whether all of it was learned."""
+    has_signal = metrics["groups_with_signal_frac"] > 0 and metrics["trained_tokens"] > 0
+    run.steps_without_signal = 0 if has_signal else run.steps_without_signal + 1
+    if metrics.get("skipped_updates"):
+        run.faulty_steps.append(run.step)
 
 
 def hopeless(run: Run) -> str | None:
@@ -212,9 +181,13 @@ def hopeless(run: Run) -> str | None:
     limit = run.settings.stop_after_steps_without_signal
     if limit and run.steps_without_signal >= limit:
         return (
-            f"for {limit} steps no group had differing rewards, so there was nothing to learn: the task is too "
-            "hard or too easy for this policy, or its verifier gives everything the same reward"
+            f"for {limit} steps no group had differing rewards (or the policy wrote no token that is trained), so "
+            "there was nothing to learn: the task is too hard or too easy for this policy, or its verifier gives "
+            "everything the same reward"
         )
+    limit = run.settings.stop_after_skipped_updates
+    if limit and run.skipped_in_a_row >= limit:
+        return skipped_too_often(run)
     return None
 
 
@@ -227,8 +200,9 @@ class Clock:
         self.generated_tokens = 0
 
     def lap(self, name: str) -> None:
+        """Count what has passed since the last lap as `name`."""
         now = time.monotonic()
-        self.seconds[name] = now - self.last
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 
     def read(self, batch: Batch) -> Metrics:

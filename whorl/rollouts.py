@@ -1,6 +1,7 @@
 """From problems to judged groups: many episodes at once, verified while others still generate."""
 
 import asyncio
+import math
 import resource
 import sys
 import time
@@ -15,7 +16,7 @@ from whorl.environments.base import Environment
 from whorl.model.tokenizer import ChatTokenizer
 from whorl.reporting.console import Advance
 from whorl.sampling.dialogue import Dialogue
-from whorl.sampling.draw import Sampling, stream_key
+from whorl.sampling.draw import NotFinite, Sampling, stream_key
 from whorl.sampling.engine import Engine
 
 NUM_VERIFIERS = 4  # threads that wait for verifiers; the work itself is in processes where it is heavy
@@ -96,10 +97,12 @@ class Player:
         """As `play`, for problems that come with their places in the whole request."""
         verifiers = ThreadPoolExecutor(NUM_VERIFIERS, thread_name_prefix="verify")
         last_played = time.monotonic()
+        whose: dict[int, str] = {}
 
         async def one(problem: Problem, group: int, sample: int) -> Rollout:
             nonlocal last_played
             key = stream_key(self.seed, *address, group, sample)
+            whose[key] = f"problem {problem.id}, sample {sample}"
             rollout = await self._episode(problem, key, group, sample, sampling)
             last_played = time.monotonic()
             if rollout.error is None:
@@ -117,7 +120,10 @@ class Player:
                 ]
         except ExceptionGroup as several:
             # One cause stops everything (a prompt too long, a bug): report it, not a tree of siblings.
-            raise several.exceptions[0] from None
+            error = several.exceptions[0]
+            if isinstance(error, NotFinite):
+                raise NotFinite(f"{error}, of {whose.get(error.key, 'another sample')},", error.key) from None
+            raise error from None
         finally:
             verifiers.shutdown(wait=False, cancel_futures=True)
         groups = [
@@ -139,11 +145,17 @@ class Player:
             if dialogue.sampler_error is error:
                 raise
             return dialogue.rollout("error", f"environment: {type(error).__name__}: {error}")
-        return dialogue.rollout()
+        rollout = dialogue.rollout()
+        if len(rollout) == 0:
+            return dialogue.rollout("error", "environment: the episode neither read its prompt nor wrote")
+        return rollout
 
     def _verify(self, problem: Problem, rollout: Rollout) -> Score:
         try:
-            return self.environment.verify(problem, rollout)
+            score = self.environment.verify(problem, rollout)
+            if score.reward is not None and not math.isfinite(score.reward):
+                raise ValueError(f"the reward is {score.reward}")
+            return score
         except Exception as error:  # a verifier that raises could not judge, which is not a wrong answer
             rollout.error = f"verifier: {type(error).__name__}: {error}"
             return Score(None, why=rollout.error)

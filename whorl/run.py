@@ -65,6 +65,10 @@ class Run:
     """When it was written, or when this process began to work on the run."""
     stopping: bool = False
     """Whether somebody asked for the run to stop. It does when a step is finished, with a checkpoint."""
+    skipped_in_a_row: int = 0
+    """Updates that were not taken since the last one that was."""
+    faulty_steps: list[int] = field(default_factory=list)
+    """Steps with an update that was not taken: their rollouts are kept."""
 
     # -- problems --------------------------------------------------------------------------------------
 
@@ -121,6 +125,8 @@ class Run:
             "learner": state,
             "step": self.step,
             "steps_without_signal": self.steps_without_signal,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "faulty_steps": self.faulty_steps,
             "curriculum": self.curriculum.state_dict(),
         }
         checkpoints = self.directory.path / "checkpoints"
@@ -158,6 +164,8 @@ class Run:
         self.step, self.warm = state["step"], True
         self.saved_step = self.step
         self.steps_without_signal = state["steps_without_signal"]
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.faulty_steps = list(state.get("faulty_steps", []))
         self.curriculum.load_state_dict(state["curriculum"])
         self.deliver()
 

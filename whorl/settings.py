@@ -109,9 +109,12 @@ class Settings:
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
     rollouts_every_steps: int = 10
-    """Steps between recorded rollouts (the first and the last step are always recorded)."""
+    """Steps between rollouts that are kept for good. Those of the first and the last step, and of a step with a
+    skipped update, are kept too; those since the oldest checkpoint stay until it goes, for `whorl replay`."""
     stop_after_steps_without_signal: int = 20
     """Give up when no group had differing rewards for so many steps in a row; 0: never."""
+    stop_after_skipped_updates: int = 3
+    """Stop when so many updates in a row were skipped because something was not finite; 0: never."""
     sampler_gap_limit_nats: float = 1e-3
     """Stop if a token's log-prob differs by more between sampler and learner (bf16 needs about 1)."""
     probe_gap_limit_nats: float = 1e-5
@@ -148,6 +151,11 @@ class Settings:
             self.max_cached_tokens >= 0,
             f"max_cached_tokens must be 0 (no limit) or more; got {self.max_cached_tokens}",
         )
+        for name in ("stop_after_skipped_updates", "stop_after_steps_without_signal"):
+            need(
+                getattr(self, name) >= 0,
+                f"{name} must be at least 1, or 0 for never; got {getattr(self, name)}",
+            )
         need(self.cores >= 0, f"cores must be at least 1, or 0 for all; got {self.cores}")
         need(
             self.updates_per_batch <= self.problems_per_step,

@@ -197,8 +197,19 @@ def test_only_the_chosen_roles_are_trained():
     live = {"logp_N": batch["logp_old_N"].clone().requires_grad_()}
     loss_of(CISPO, batch, live).backward()
     assert (live["logp_N"].grad[~reflection_N] == 0).all()
-    with pytest.raises(ValueError, match="the policy wrote nothing in the roles retry"):
-        assemble(scripted_groups(REWARDS), replace(CISPO, roles=("retry",)))
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_where_the_policy_wrote_nothing_every_credit_and_weight_is_0(name):
+    batch = assemble(scripted_groups(REWARDS), replace(ALGORITHMS[name], roles=("retry",)), PROVIDE)
+    assert not batch["trained_N"].any()
+    made = [c for n, c in batch.columns.items() if n.startswith(("advantage_", "weight_", "penalty_"))]
+    assert len(made) >= 3
+    assert not any(column.any() for column in made)
+    assert batch_statistics(batch) == {
+        "shaped_reward": pytest.approx(batch["reward_S"].mean()),
+        "trained_tokens": 0,
+    }
 
 
 def test_rewards_are_shaped_before_credit():

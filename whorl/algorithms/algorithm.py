@@ -206,7 +206,8 @@ def assemble(
 
     Packs the judged rollouts; marks the trained tokens; asks `provide` for the columns in
     `algorithm.needs`, each a function from the batch so far to the column; shapes the rewards; then
-    computes `penalty_N`, `advantage_N`, `return_N` (if a term reads it) and one weight column per term.
+    computes `penalty_N`, `advantage_N`, `return_N` (if a term reads it) and one weight column per term. Where
+    the policy wrote nothing that is trained, all of these are 0.
     Statistics are computed in float64 and stored in the dtype of `logp_old_N`.
     """
     provide = provide or {}
@@ -264,14 +265,16 @@ def group_statistics(groups: Sequence[Group], *, highest_reward: float = 1.0) ->
 
 
 def batch_statistics(batch: Batch) -> Metrics:
-    """What credit saw and gave, of an assembled batch."""
+    """What credit saw and gave, of an assembled batch. Without a trained token there is no advantage to speak of."""
     advantage_M = batch["advantage_N"][batch["trained_N"]].double()
-    return {
+    statistics = {
         "shaped_reward": float(batch["reward_S"].mean()),
-        "advantage_mean": float(advantage_M.mean()),
-        "advantage_std": float(advantage_M.std(correction=0)),
         "trained_tokens": float(len(advantage_M)),
     }
+    if len(advantage_M):
+        statistics["advantage_mean"] = float(advantage_M.mean())
+        statistics["advantage_std"] = float(advantage_M.std(correction=0))
+    return statistics
 
 
 def _trained(batch: Batch, algorithm: Algorithm) -> Tensor:
@@ -279,9 +282,6 @@ def _trained(batch: Batch, algorithm: Algorithm) -> Tensor:
     if algorithm.roles is not None:
         codes = torch.tensor([role_code(role) for role in algorithm.roles], dtype=torch.int8)
         trained_N = trained_N & torch.isin(batch["role_N"], codes)
-    if not trained_N.any():
-        roles = "any role" if algorithm.roles is None else f"the roles {', '.join(algorithm.roles)}"
-        raise ValueError(f"no token is trained: the policy wrote nothing in {roles}")
     return trained_N
 
 

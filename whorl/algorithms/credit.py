@@ -155,6 +155,8 @@ def whiten(
     one. If all values are equal the result is exactly 0.
     """
     trained_M = values_N.double()[trained_N]
+    if not len(trained_M):
+        return torch.zeros(len(values_N), dtype=torch.float64, device=values_N.device)
     centred_M = centred_by(torch.zeros_like(trained_M, dtype=torch.int64), trained_M)
     std = centred_M.square().mean().sqrt()
     result_N = torch.zeros(len(values_N), dtype=torch.float64, device=values_N.device)

@@ -4,6 +4,9 @@ One row is one rollout. Columns of a token each (`tokens`, `policy`, `roles`, `l
 `advantage`, `pieces`) are lists as long as the rollout, in the data type of the arrays they came from, so
 any Parquet reader can explode them.
 
+The rows of a step hold all that its batch is made of: `batch_group` is the group's place in the batch, and
+`greedy_reward` that of the greedy rollout of the problem, where the algorithm compares with one.
+
 Two things are kept only for reading: `images` of a problem are not stored at all (the environment makes
 them again from the problem's address), and `extra` is JSON, in which a value JSON cannot hold is its `repr`.
 """
@@ -46,26 +49,34 @@ class StoredRollout:
     """A rollout as it stands in a run directory.
 
     `advantage_T` (one number per token) is None if the rollout took no part in the update, and
-    `pieces` (the text of each token) is None if the run did not record texts.
+    `pieces` (the text of each token) is None if the run did not record texts. `batch_group` is the place of its
+    group among those of the step (None: written by a version that did not say), and `greedy_reward` is None
+    where the algorithm asked for none.
     """
 
     rollout: Rollout
     advantage_T: np.ndarray | None
     pieces: tuple[str, ...] | None
+    batch_group: int | None = None
+    greedy_reward: float | None = None
 
 
 def to_table(
     groups: Sequence[Group],
     advantages: Sequence[Any] | None = None,
     token_text: Callable[[int], str] | None = None,
+    greedy_rewards: Sequence[float] | None = None,
 ) -> pa.Table:
     """All rollouts of the groups as a table.
 
     `advantages` holds one array (or tensor) per judged rollout, in the order in which `whorl.data.pack`
-    lays them out: what `batch.unpack("advantage_N")` returns. `token_text` gives the text of a token id.
+    lays them out: what `batch.unpack("advantage_N")` returns; `greedy_rewards` one number for each of them.
+    `token_text` gives the text of a token id.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     advantage_of = _match_advantages(groups, advantages)
+    greedy = iter(greedy_rewards or ())
+    greedy_of = [None if greedy_rewards is None or r.reward is None else next(greedy) for r in rollouts]
     columns: dict[str, pa.Array] = {
         "problem_id": _texts([r.problem.id for r in rollouts]),
         "prompt": pa.array([[_message(m) for m in r.problem.messages] for r in rollouts], MESSAGES),
@@ -73,6 +84,7 @@ def to_table(
         "answer": _texts([r.problem.answer for r in rollouts]),
         "source": _texts([r.problem.source for r in rollouts]),
         "extra": _texts([json.dumps(dict(r.problem.extra), default=repr) for r in rollouts]),
+        "batch_group": pa.array([place for place, g in enumerate(groups) for _ in g.rollouts], pa.int64()),
         "group": pa.array([r.group for r in rollouts], pa.int64()),
         "sample": pa.array([r.sample for r in rollouts], pa.int64()),
         "transcript": pa.array([[_turn(turn) for turn in r.transcript] for r in rollouts], TURNS),
@@ -84,6 +96,7 @@ def to_table(
             [[] if r.score is None else [(k, float(v)) for k, v in r.score.parts.items()] for r in rollouts],
             pa.map_(pa.string(), pa.float64()),
         ),
+        "greedy_reward": pa.array(greedy_of, pa.float64()),
         "why": _texts(["" if r.score is None else r.score.why for r in rollouts]),
     }
     for column, attribute in TOKEN_COLUMNS.items():
@@ -108,7 +121,7 @@ def from_table(table: pa.Table) -> list[StoredRollout]:
         get = {name: values[row] for name, values in plain.items()}
         problem = _problem(get)
         # The rollouts of a group share one problem object again.
-        problem = problems.setdefault((get["group"], problem.id), problem)
+        problem = problems.setdefault((get.get("batch_group"), get["group"], problem.id), problem)
         rollout = Rollout(
             problem=problem,
             group=get["group"],
@@ -120,8 +133,19 @@ def from_table(table: pa.Table) -> list[StoredRollout]:
             error=get["error"],
         )
         pieces = tuple(get["pieces"]) if "pieces" in get else None
-        stored.append(StoredRollout(rollout, arrays["advantage"][row], pieces))
+        place, greedy = get.get("batch_group"), get.get("greedy_reward")
+        stored.append(StoredRollout(rollout, arrays["advantage"][row], pieces, place, greedy))
     return stored
+
+
+def groups_of(stored: Sequence[StoredRollout]) -> list[Group]:
+    """The groups of a step, as they were given to `to_table`. ValueError if the table does not say which they were."""
+    if any(one.batch_group is None for one in stored):
+        raise ValueError("these rollouts were recorded by a version that did not write how they were grouped")
+    groups: dict[int | None, Group] = {}
+    for one in stored:
+        groups.setdefault(one.batch_group, Group(one.rollout.problem, [])).rollouts.append(one.rollout)
+    return list(groups.values())
 
 
 def _match_advantages(groups: Sequence[Group], advantages: Sequence[Any] | None) -> list[np.ndarray | None]:

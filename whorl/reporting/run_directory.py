@@ -176,6 +176,7 @@ class RunDirectory:
         groups: Sequence[Group],
         advantages: Sequence[Any] | None = None,
         token_text: Callable[[int], str] | None = None,
+        greedy_rewards: Sequence[float] | None = None,
     ) -> Path:
         """Record what was sampled in a step.
 
@@ -183,8 +184,10 @@ class RunDirectory:
             advantages: one array per judged rollout, in the order of `whorl.data.pack`
                 (`batch.unpack("advantage_N")`); None if no credit was given.
             token_text: text of a token id. With it the report can shade single tokens.
+            greedy_rewards: one for each judged rollout, where the algorithm compares with a greedy one.
         """
-        return self._write_table("rollouts", step, to_table(groups, advantages, token_text))
+        table = to_table(groups, advantages, token_text, greedy_rewards)
+        return self._write_table("rollouts", step, table)
 
     def write_evaluation(self, step: int, groups: Sequence[Group]) -> Path:
         """Record the held-out rollouts of the evaluation after a step."""
@@ -201,6 +204,10 @@ class RunDirectory:
     def rollout_steps(self) -> list[int]:
         """Steps whose rollouts are recorded, in order."""
         return _steps_in(self.path / "rollouts", PARQUET)
+
+    def rollout_file(self, step: int) -> Path:
+        """Where the rollouts of a step belong."""
+        return self._parquet("rollouts", step)
 
     def _write_table(self, folder: str, step: int, table: pa.Table) -> Path:
         buffer = pa.BufferOutputStream()

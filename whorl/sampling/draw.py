@@ -68,6 +68,22 @@ def uniforms(key: int, start: int, count: int) -> np.ndarray:
     return np.random.Generator(stream).random(offset + count)[offset:]
 
 
+class NotFinite(ArithmeticError):
+    """The policy's logits are not finite, so no token can be drawn.
+
+    Args:
+        text: what, and at which position.
+        key: the random stream of the sample, which says whose token it was to be.
+    """
+
+    def __init__(self, text: str, key: int):
+        super().__init__(text, key)
+        self.text, self.key = text, key
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class Drawn(NamedTuple):
     """Tokens with their log-probabilities over the whole vocabulary, in nats: at the sampling temperature
     (`logp_S`), and at temperature 1 (`raw_logp_S`, the one the repetition stop looks at)."""
@@ -151,6 +167,7 @@ def _draw_truncated(
     keep &= ordered >= min_p_S[:, None] * ordered[:, :1]
     cdf = (ordered * keep).cumsum(dim=-1)
     index = torch.searchsorted(cdf, (uniform_S * cdf[:, -1])[:, None], right=True)
-    # Rounding may put the index past the last kept token; the kept ones are a prefix of the order.
-    index = torch.minimum(index, keep.sum(dim=-1, keepdim=True) - 1)
+    # Rounding may put the index past the last kept token; the kept ones are a prefix of the order. (A row of NaN
+    # keeps none: its log-prob will be NaN, which the engine refuses.)
+    index = torch.minimum(index, keep.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     return token.gather(1, index)[:, 0]

@@ -23,7 +23,7 @@ from whorl.model.layout import Layout
 from whorl.model.lora import policy_parameters
 from whorl.model.state import State
 from whorl.model.transformer import Transformer
-from whorl.sampling.draw import DrawSettings, draw
+from whorl.sampling.draw import DrawSettings, NotFinite, draw
 from whorl.sampling.probe import Probe, probe_batch
 from whorl.sampling.request import Completion, Prefix, Request, Running, Waiting
 from whorl.sampling.table import Table
@@ -328,7 +328,17 @@ class Engine:
         uniform_S = torch.from_numpy(table.uniform(first, last)).to(self.device)
         drawn = draw(logits_SV, uniform_S, settings)
         is_stop = np.isin(tokens := drawn.tokens_S.cpu().numpy(), self.stop_tokens)
-        table.record(first, last, tokens, drawn.logp_S.cpu().numpy(), drawn.raw_logp_S.cpu().numpy())
+        logp = drawn.logp_S.cpu().numpy()
+        if not np.isfinite(logp).all():
+            # One NaN or infinite logit makes every log-probability of its row NaN, and its token meaningless.
+            row = first + int(np.flatnonzero(~np.isfinite(logp))[0])
+            position = int(table.start[row] + table.count[row])
+            raise NotFinite(
+                f"the policy's logits for the token at position {position} are not finite (policy version "
+                f"{self.version})",
+                self._rows[row].request.key,
+            )
+        table.record(first, last, tokens, logp, drawn.raw_logp_S.cpu().numpy())
         self.num_generated_tokens += last - first
         finished = table.reasons(first, last, is_stop)
         for row in range(first, last):
