@@ -168,6 +168,7 @@ def _carry_on(run) -> int:
 
     run.tracker = open_tracker(run)
     print(f"run directory: {run.directory.path}", flush=True)
+    _say_notice(run.environment)
     try:
         with _stoppable(run), run.progress:
             reason = train(run)
@@ -197,6 +198,11 @@ def _conclude(run, reason: str | None) -> int:
     page = build_report(run.directory)
     print(f"run directory: {run.directory.path}\nreport: {page}")
     return 1 if reason else 0
+
+
+def _say_notice(environment) -> None:
+    if environment.notice:
+        print(environment.notice, flush=True)
 
 
 class _AtOnce(KeyboardInterrupt):
@@ -276,6 +282,7 @@ def _evaluate(words: list[str]) -> int:
 
         opened = open_run(run, step=checkpoint, read_only=True)
         task = opened.with_environment(environment)
+        _say_notice(task.environment)
         sampling = opened.settings.sampling
         if temperature is not None:
             sampling = replace(sampling, temperature=temperature)
@@ -378,7 +385,9 @@ def _prove(name: str, problems: int, console: rich.console.Console) -> bool:
         from whorl.environments.catalog import make
         from whorl.environments.check import check_environment
 
-        rows = [Row(*result) for result in check_environment(make(name), problems)]
+        environment = make(name)
+        _say_notice(environment)
+        rows = [Row(*result) for result in check_environment(environment, problems)]
     console.print(table_of(rows, f"whorl check {name}"))
     return all(row.ok for row in rows)
 
