@@ -64,6 +64,7 @@ def test_killed_at_chosen_moments_a_run_comes_to_the_same_bits(setting, alone, h
 def test_killed_at_random_times_a_run_comes_to_the_same_bits(setting, alone, home):
     row = killed_at_random(setting, alone, home, 3, random.Random(0), no_progress)
     assert row.ok, row.measured
+    assert row.measured.startswith("3 kills (")
 
 
 FORGETFUL = {
@@ -99,6 +100,13 @@ def test_a_moment_that_does_not_come_is_a_fault(setting, alone, home):
     trial.run_until(STEPS[0])
     assert trial.kills == []
     assert trial.faults[0].startswith("generation: did not come, exit code 0")
+
+
+def test_a_run_that_fails_by_itself_is_a_fault_and_ends_the_trial(alone, home):
+    wrong = Setting("wrong", ("--num-steps", "0"))
+    row = killed_at_random(wrong, alone, home / "wrong", 3, random.Random(0), no_progress)
+    assert not row.ok
+    assert "num_steps must be at least 1" in row.measured
 
 
 # What the comparison sees

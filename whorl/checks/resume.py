@@ -169,13 +169,16 @@ def killed_at_random(
     chance: random.Random,
     advance: Callable[..., None],
 ) -> Row:
-    """Runs whose processes are killed `count` times in all, after a part of an undisturbed run's time."""
+    """Runs whose processes are killed `count` times in all, after up to half of an undisturbed run's time."""
     trials = [Trial(home / "random-0", setting.words)]
+    longest = alone.seconds / 2
     for number in range(count):
         # Every second time its whole group is killed with it.
-        trials[-1].run_for(chance.uniform(0.0, 0.5) * alone.seconds, whole_group=number % 2 == 1)
-        if trials[-1].finished:
+        while not trials[-1].run_for(chance.uniform(0.0, longest), whole_group=number % 2 == 1):
+            if trials[-1].faults:  # it would fail again and again
+                return _row(f"{setting.name}: random times", alone, trials)
             trials.append(Trial(home / f"random-{len(trials)}", setting.words))
+            longest /= 2  # the machine was busier when the run was left alone
         advance(1)
     for trial in trials:
         trial.finish()
@@ -205,7 +208,7 @@ class Trial:
     faults: list[str] = field(default_factory=list)
     """What no process of a run should do."""
     seconds: float = 0.0
-    """Time of the process that finished it."""
+    """Time of the process that finished it, without its imports."""
 
     def run_until(self, moment: Moment) -> None:
         """Carry the run on until the moment comes."""
@@ -216,8 +219,8 @@ class Trial:
         else:
             self.faults.append(f"{moment.name}: did not come, exit code {code}{self._last_words()}")
 
-    def run_for(self, seconds: float, *, whole_group: bool) -> None:
-        """Carry the run on for so long, then kill the process, or its whole group; it may have finished before."""
+    def run_for(self, seconds: float, *, whole_group: bool) -> bool:
+        """Carry the run on for so long, then kill the process, or its whole group. False if it ended before."""
         process = self.start()
         self.wait_for_work(process)
         process.join(seconds)
@@ -228,18 +231,17 @@ class Trial:
             self.kills.append(self._where())
         elif code != 0:
             self.faults.append(f"exit code {code}{self._last_words()}")
+        return code == -signal.SIGKILL
 
     def finish(self) -> None:
         """Let a process carry the run to its end."""
+        process = self.start()
+        self.wait_for_work(process)
         started = time.monotonic()
-        code = ended(self.start())
+        code = ended(process)
         self.seconds = time.monotonic() - started
         if code != 0:
             self.faults.append(f"exit code {code}{self._last_words()}")
-
-    @property
-    def finished(self) -> bool:
-        return (self.path / "report.html").exists()
 
     def start(self, moment: Moment | None = None) -> BaseProcess:
         """A process that begins the run, or goes on with it."""
@@ -296,7 +298,7 @@ def differences(expected: Path, found: Path) -> list[str]:
     kept = [f"checkpoints/{last}/tensors.safetensors", f"checkpoints/{last}/state.json", "tokenizer.json"]
     for folder in ("rollouts", "evaluations"):
         names = {
-            file.relative_to(at).as_posix() for at in (expected, found) for file in (at / folder).iterdir()
+            file.relative_to(at).as_posix() for at in (expected, found) for file in (at / folder).glob("*")
         }
         kept += sorted(names)
     for name in kept:
