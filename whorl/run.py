@@ -28,7 +28,7 @@ from whorl.reporting.run_directory import RunDirectory
 from whorl.reporting.trackers import TensorBoard, Tracker, Trackio, WandB
 from whorl.rollouts import Player
 from whorl.sampling.engine import Engine
-from whorl.settings import Settings, from_dict, settings_class
+from whorl.settings import AnySettings, Settings, from_dict, settings_class
 
 
 @dataclass
@@ -57,6 +57,14 @@ class Run:
     steps_without_signal: int = 0
     kept_rollouts: dict[str, list[Group]] = field(default_factory=dict)
     """Held-out rollouts of the first and the last evaluation, for the summary."""
+
+    @property
+    def num_steps(self) -> int:
+        return self.settings.num_steps
+
+    @property
+    def finished(self) -> bool:
+        return self.warm and self.step >= self.num_steps
 
     # -- problems --------------------------------------------------------------------------------------
 
@@ -169,6 +177,10 @@ def open_run(
             f"{directory.path}/config.json has no {missing[0]!r}; was this run made by another version?"
         )
     settings = from_dict(settings_class(directory.config["settings_class"]), directory.config["settings"])
+    if not isinstance(settings, Settings):
+        raise ValueError(
+            f"{directory.path} is a run of supervised fine-tuning, not of reinforcement learning"
+        )
     parts = _assemble(settings, directory)
     run = _run(settings, directory, parts, progress)
     checkpoints = directory.path / "checkpoints"
@@ -193,16 +205,27 @@ def new_curriculum(settings: Settings, environment: Environment) -> Curriculum:
     return make_curriculum(settings.curriculum, [part.num_problems("train") for part in parts], settings.seed)
 
 
-def on_cuda(settings: Settings) -> bool:
+def on_cuda(settings: AnySettings) -> bool:
     return settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
 
 
-def num_cores(settings: Settings) -> int:
+def num_cores(settings: AnySettings) -> int:
     """Cores that the run uses: those of the settings, or all that this process may use, at most 4."""
     if on_cuda(settings):
         return 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return settings.cores or min(allowed, 4)
+
+
+def use_own_threads(settings: AnySettings) -> None:
+    """On a CPU: one thread of torch. Further cores get processes and threads of our own.
+
+    torch's threads wait for one another within every operation: spinning they fall many times behind one thread as
+    soon as anything else runs on the machine, and sleeping they are slower than one on operations as small as a
+    small model's.
+    """
+    if not on_cuda(settings):
+        torch.set_num_threads(1)
 
 
 def memory_gib(player: Player) -> float:
@@ -217,29 +240,10 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
 
     The model of an existing run has the shape and the tokenizer that were recorded with it.
     """
-    if not on_cuda(settings):
-        # Further cores get processes and threads of our own. torch's threads wait for one another within every
-        # operation: spinning they fall many times behind one thread as soon as anything else runs on the
-        # machine, and sleeping they are slower than one on operations as small as a small model's.
-        torch.set_num_threads(1)
+    use_own_threads(settings)
     environment = make(settings.environment)
     algorithm = settings.resolve_algorithm()
-    source = Path(settings.model)
-    if existing is not None and (settings.model in PRESETS or existing.checkpoint_steps()):
-        tokenizer = load_tokenizer(existing.path)
-        model = Transformer(ModelConfig.from_dict(existing.config["model"])).initialise(settings.seed)
-    elif settings.model in PRESETS:
-        alphabet = environment.alphabet
-        tokenizer = Tokenizer.byte_level() if alphabet is None else Tokenizer.characters(alphabet)
-        preset = PRESETS[settings.model]
-        model = Transformer(preset(tokenizer.vocab_size, settings.max_context)).initialise(settings.seed)
-    elif source.is_dir():
-        model, tokenizer = _load_start(source)
-    else:
-        raise ValueError(
-            f"unknown model {settings.model!r}; expected one of {', '.join(PRESETS)} or the path of a run "
-            "directory"
-        )
+    model, tokenizer = model_and_tokenizer(settings, environment.alphabet, existing)
     model.checkpoint_activations = settings.checkpoint_activations
     check_prompts(environment, tokenizer, model.config.max_context)
     return {
@@ -249,6 +253,38 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
         "model": model,
         "curriculum": new_curriculum(settings, environment),
     }
+
+
+def model_and_tokenizer(
+    settings: AnySettings, alphabet: str | None, existing: RunDirectory | None = None
+) -> tuple[Transformer, ChatTokenizer]:
+    """What the settings start from; those recorded with a run that exists.
+
+    A preset's tokenizer is the one that the settings name, or has the characters of `alphabet`, or bytes.
+    """
+    source = Path(settings.model)
+    if existing is not None and (settings.model in PRESETS or existing.checkpoint_steps()):
+        tokenizer = load_tokenizer(existing.path)
+        model = Transformer(ModelConfig.from_dict(existing.config["model"])).initialise(settings.seed)
+    elif settings.model in PRESETS:
+        if settings.tokenizer is not None:
+            tokenizer = load_tokenizer(settings.tokenizer)
+        else:
+            tokenizer = Tokenizer.byte_level() if alphabet is None else Tokenizer.characters(alphabet)
+        preset = PRESETS[settings.model]
+        model = Transformer(preset(tokenizer.vocab_size, settings.max_context)).initialise(settings.seed)
+    elif source.is_dir():
+        if settings.tokenizer is not None:
+            raise ValueError(
+                f"{settings.model} has a tokenizer of its own; leave out tokenizer={settings.tokenizer}"
+            )
+        model, tokenizer = _load_start(source)
+    else:
+        raise ValueError(
+            f"unknown model {settings.model!r}; expected one of {', '.join(PRESETS)} or the path of a run "
+            "directory"
+        )
+    return model, tokenizer
 
 
 def check_prompts(environment: Environment, tokenizer: ChatTokenizer, max_context: int) -> None:
@@ -271,9 +307,9 @@ def check_prompts(environment: Environment, tokenizer: ChatTokenizer, max_contex
 
 
 def _load_start(path: Path) -> tuple[Transformer, ChatTokenizer]:
-    """Model and tokenizer of the newest checkpoint of a run directory."""
+    """Model and tokenizer of a run directory: its best checkpoint if it keeps one, else the newest."""
     directory = RunDirectory.open(path)
-    newest = checkpoint.newest(path / "checkpoints")
+    newest = checkpoint.newest(path / "best") or checkpoint.newest(path / "checkpoints")
     if newest is None:
         raise ValueError(f"{path} has no checkpoint to start from")
     model = Transformer(ModelConfig.from_dict(directory.config["model"]))
@@ -316,8 +352,8 @@ def _run(
     )
 
 
-def open_tracker(run: Run) -> Tracker | None:
-    """The tracker that the settings name; what it already holds of later steps is drawn over."""
+def open_tracker(run: Any) -> Tracker | None:
+    """The tracker that the settings of a run of any kind name; what it already holds of later steps is drawn over."""
     name, directory = run.settings.tracker, run.directory
     if name == "tensorboard":
         return TensorBoard(directory.path / "tensorboard", first_step=run.step + 1 if run.warm else None)
