@@ -69,7 +69,7 @@ def test_a_file_of_held_out_chats_is_not_trained_on(tmp_path: Path) -> None:
 
 
 def test_few_chats_are_all_for_training(tmp_path: Path) -> None:
-    file = Chats(write(tmp_path / "a.jsonl", [chat(f"{i}?", "x") for i in range(9)]))
+    file = Chats(write(tmp_path / "a.jsonl", [chat(f"{i % 3}?", "x") for i in range(9)]))
     assert (file.num_problems("train"), file.num_problems("test")) == (9, 0)
     with pytest.raises(IndexError, match="no chat 0 in test; it has 0"):
         file.problem("test", 0)

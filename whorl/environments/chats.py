@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from whorl.data import Message, Problem, Rollout, Score
 from whorl.environments.base import Card, Environment, check_split
-from whorl.environments.data_files import MIN_TO_SPLIT, divide
+from whorl.environments.data_files import divide
 from whorl.environments.table_files import describe, encodable, messages_of, rows_of
 from whorl.model.tokenizer import CHAT_ROLE
 
@@ -71,12 +71,10 @@ class Chats(Environment):
 
 
 def _divided(chats: list[Problem]) -> dict[str, list[Problem]]:
-    """Chats by split, all of a prompt in one. A file of few prompts is all training."""
+    """Chats by split, all of a prompt in one. A file of fewer than 10 prompts is all training."""
     by_prompt: dict[str, list[Problem]] = {}
     for chat in chats:
         by_prompt.setdefault(chat.content_key, []).append(chat)
-    if len(by_prompt) < MIN_TO_SPLIT:
-        return {"train": chats, "test": []}
     firsts = divide([same[0] for same in by_prompt.values()], ("train", "test"))
     test = {first.content_key for first in firsts["test"]}
     return {

@@ -33,7 +33,7 @@ from whorl.verifiers.answer import (
 _VERIFIERS: Mapping[str, Callable[[str, str], Score]] = MappingProxyType(
     {"math": math_answer, "exact": exact, "numeric": numeric}
 )
-MIN_TO_SPLIT = 10
+_MIN_TO_SPLIT = 10
 """From so many problems on, each split gets at least one; a smaller file is all training."""
 
 
@@ -80,8 +80,8 @@ class DataFile(Environment):
     def problem(self, split: str, index: int) -> Problem:
         if not 0 <= index < self.num_problems(split):
             counts = ", ".join(f"{name} {len(self._splits[name])}" for name in SPLITS)
-            hint = f" (below {MIN_TO_SPLIT} problems all are for training; give test=FILE)"
-            few = sum(map(len, self._splits.values())) < MIN_TO_SPLIT
+            hint = f" (below {_MIN_TO_SPLIT} problems all are for training; give test=FILE)"
+            few = sum(map(len, self._splits.values())) < _MIN_TO_SPLIT
             raise IndexError(
                 f"{self.name} has no problem {index} in {split}; it has {counts}{hint if few else ''}"
             )
@@ -166,7 +166,7 @@ def divide(problems: Sequence[Problem], names: Sequence[str]) -> dict[str, list[
     on the contents (the last by its hash) and not on the order of the rows.
     """
     splits: dict[str, list[Problem]] = {name: [] for name in names}
-    if len(problems) < MIN_TO_SPLIT:
+    if len(problems) < _MIN_TO_SPLIT:
         return {**splits, "train": list(problems)}
     for problem in problems:
         split = split_of(problem.content_key)

@@ -90,8 +90,12 @@ class ChatTokenizer(Protocol):
         """Ids of a whole chat, and for each whether the assistant would write it: texts and ends of its turns."""
         ...
 
+    def files(self) -> dict[str, str]:
+        """Contents by name of the files that `load_tokenizer` and transformers' AutoTokenizer read."""
+        ...
+
     def save(self, folder: str | Path) -> None:
-        """Write the files that `load_tokenizer` and transformers' AutoTokenizer read."""
+        """Write them into a folder."""
         ...
 
 
@@ -201,8 +205,8 @@ class Tokenizer:
         vocabulary = json.dumps([self.kind, *self._text_tokens, *SPECIAL_TOKENS])
         return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, with the special tokens marked as such, its configuration and the chat template."""
+    def files(self) -> dict[str, str]:
+        """tokenizer.json, with the special tokens marked as such, its configuration and the chat template."""
         marked = tokenizers.Tokenizer.from_str(self._inner.to_str())
         marked.add_special_tokens(list(SPECIAL_TOKENS))
         config = {
@@ -211,12 +215,15 @@ class Tokenizer:
             "pad_token": "<pad>",
             "clean_up_tokenization_spaces": False,
         }
-        files = {
+        return {
             "tokenizer.json": marked.to_str(pretty=True),
             "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
             "chat_template.jinja": CHAT_TEMPLATE,
         }
-        for name, content in files.items():
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files."""
+        for name, content in self.files().items():
             (Path(folder) / name).write_text(content, encoding="utf-8")
 
     @classmethod
