@@ -25,7 +25,8 @@ import torch
 from whorl import cli
 from whorl.algorithms.catalog import ALGORITHMS
 from whorl.environments import catalog as environments
-from whorl.settings import Settings
+from whorl.environments.chats import Chats
+from whorl.settings import AnySettings, Settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -129,8 +130,10 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     concrete = bool(rest) and rest[0] != "..." and not rest[0].isupper()
     if command == "train" and concrete:
         settings = settings_of(rest, monkeypatch)
-        if settings is not None:
+        if isinstance(settings, Settings):
             environments.make(settings.environment)
+        elif settings is not None:
+            Chats(settings.data, settings.held_out)
         return
     if command == "check" and concrete and not rest[0].startswith("-") and rest[0] not in cli.PROMISES:
         environments.make(rest[0])
@@ -139,17 +142,19 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert flag in known, f"whorl {command} has no {flag}"
 
 
-def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Settings | None:
+def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> AnySettings | None:
     """The settings that `whorl train WORDS` would start a run with; None if it only prints its help."""
     import whorl.run
+    import whorl.supervised_run
 
     started = []
 
-    def start(recipe, settings, path, progress):
+    def start(recipe, settings, *place):
         started.append(settings)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(whorl.run, "start_run", start)
+    monkeypatch.setattr(whorl.supervised_run, "start_supervised", start)
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -192,11 +197,15 @@ def test_the_commands_of_a_page_could_be_typed(page, monkeypatch):
 def check_commands(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [json.dumps({"question": f"{i} + {i}", "gold": str(2 * i)}) for i in range(20)]
     Path("problems.jsonl").write_text("\n".join(rows))
+    rows = [json.dumps({"prompt": f"{i} + {i}", "completion": str(2 * i)}) for i in range(20)]
+    Path("chats.jsonl").write_text("\n".join(rows))
     text = page.read_text(encoding="utf-8")
     for words in command_lines(text):
         check_command(words, monkeypatch)
     # Not those of other programs, which are in shell blocks only.
-    known = flags_of("train", "quickstart").union(*(flags_of(c) for c in cli.COMMANDS if c != "train"))
+    known = (flags_of("train", "quickstart") | flags_of("train", "sft")).union(
+        *(flags_of(c) for c in cli.COMMANDS if c != "train")
+    )
     mentioned = {span.split()[0] for span in SPAN.findall(prose_of(text)) if span.startswith("--")}
     assert mentioned <= known
 

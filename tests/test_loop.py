@@ -4,16 +4,19 @@ import numpy as np
 import pytest
 import torch
 
+from tests.model.chats import write_folder
 from tests.support import know_tiny, tiny_run
 from whorl import loop
 from whorl.algorithms.algorithm import assemble
 from whorl.algorithms.catalog import ALGORITHMS
-from whorl.data import Problem, Score
+from whorl.data import Problem, Score, pack
 from whorl.learning.checkpoint import load
 from whorl.loop import Clock, hopeless, sample_groups, train
 from whorl.reporting.glossary import check_names
 from whorl.reporting.report import build_report
 from whorl.run import open_run
+from whorl.sampling.draw import Sampling
+from whorl.settings import ColdStart
 from whorl.updates import combine, split_for_updates
 
 TIMES = ("seconds", "per_second", "memory_gib")
@@ -322,3 +325,20 @@ def test_reference_policy_and_critic_survive_a_resume(tmp_path, monkeypatch, nam
     resumed = open_run(tmp_path / "cut")
     train(resumed)
     assert without_times(resumed.directory.history()) == without_times(whole.directory.history())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "minimax"])
+def test_a_run_with_a_model_folders_tokenizer_trains_on_conversations(tmp_path, monkeypatch, family):
+    """Several turns with a chat template, its stop tokens and kept states, on two cores, resumed from its folder."""
+    folder = write_folder(tmp_path / "folder", family)
+    run = tiny_run(
+        tmp_path / "run", monkeypatch, environment="guess_number", tokenizer=str(folder), max_context=512,
+        cold_start=ColdStart(), sampling=Sampling(max_tokens=6), num_steps=1, cores=2,
+    )  # fmt: skip
+    assert train(run) is None
+    assert run.directory.history()[-1]["turns"] > 1
+    groups, _ = run.player.play(run.held_out("test", 4), 4, run.settings.sampling, ("gap",))
+    batch = pack(groups)
+    gap_N = run.learner.logprobs(batch) - batch["logp_sampler_N"]
+    assert gap_N[batch["policy_N"]].abs().max() <= 1e-5
+    assert open_run(tmp_path / "run").tokenizer.fingerprint == run.tokenizer.fingerprint

@@ -119,6 +119,8 @@ def _train(words: list[str]) -> int:
         raise ValueError(
             f"which recipe? whorl train RECIPE [overrides]; recipes: {', '.join(recipe_names())}"
         )
+    from whorl.settings import SupervisedSettings
+
     name, rest = words[0], words[1:]
     recipe = recipe_named(name)
 
@@ -127,11 +129,12 @@ def _train(words: list[str]) -> int:
         Args:
             run: directory of the new run; by default the next free runs/RECIPE-N.
         """
-        from whorl.reporting.console import Console
         from whorl.run import start_run
+        from whorl.supervised_run import start_supervised
 
-        progress = Console(settings.num_steps)
-        return _carry_on(start_run(name, settings, run, progress))
+        if isinstance(settings, SupervisedSettings):
+            return _carry_on(start_supervised(name, settings, run))
+        return _carry_on(start_run(name, settings, run))
 
     description = f"{recipe.__doc__}\n\n{recipe.claim}".strip()
     # Comments in a recipe give the sources of its numbers; the help of a setting is its docstring.
@@ -148,13 +151,11 @@ def _resume(words: list[str]) -> int:
         Args:
             run: the run directory.
         """
-        from whorl.reporting.console import Console
-        from whorl.run import open_run
+        from whorl.supervised_run import open_any
 
-        opened = open_run(run)
-        opened.progress = Console(opened.settings.num_steps)
-        if opened.warm and opened.step >= opened.settings.num_steps:
-            print(f"{run} is finished: step {opened.step} of {opened.settings.num_steps}")
+        opened = open_any(run)
+        if opened.finished:
+            print(f"{run} is finished: step {opened.step} of {opened.num_steps}")
             return _conclude(opened, None)  # again, as it may have been killed before or while it did
         return _carry_on(opened)
 
@@ -164,14 +165,18 @@ def _resume(words: list[str]) -> int:
 def _carry_on(run) -> int:
     """Train to the end or until asked to stop, summarise, write the report."""
     from whorl.loop import train
+    from whorl.reporting.console import COLUMNS, SUPERVISED_COLUMNS, Console
     from whorl.run import open_tracker
+    from whorl.supervised_run import SupervisedRun, fine_tune
 
+    supervised = isinstance(run, SupervisedRun)
+    run.progress = Console(run.num_steps, columns=SUPERVISED_COLUMNS if supervised else COLUMNS)
     run.tracker = open_tracker(run)
     print(f"run directory: {run.directory.path}", flush=True)
     _say_notice(run.environment)
     try:
         with _stoppable(run), run.progress:
-            reason = train(run)
+            reason = fine_tune(run) if supervised else train(run)
     except KeyboardInterrupt as interrupt:
         at = "its beginning" if run.saved_step is None else f"step {run.saved_step}"
         command = f"whorl resume {shlex.quote(str(run.directory.path))}"
@@ -181,7 +186,8 @@ def _carry_on(run) -> int:
             os._exit(130)
         return 130
     finally:
-        run.player.close()
+        if not supervised:
+            run.player.close()
     if run.tracker is not None:
         run.tracker.finish()
     return _conclude(run, reason)
@@ -190,9 +196,13 @@ def _carry_on(run) -> int:
 def _conclude(run, reason: str | None) -> int:
     """What a run says at its end, on the terminal and as a page; `reason` if it stopped before its last step."""
     from whorl.reporting.report import build_report
-    from whorl.summary import summarise
+    from whorl.summary import summarise, summarise_supervised
+    from whorl.supervised_run import SupervisedRun
 
-    summarise(run)
+    if isinstance(run, SupervisedRun):
+        summarise_supervised(run)
+    else:
+        summarise(run)
     if reason:
         print(f"stopped early: {reason}", flush=True)
     page = build_report(run.directory)
@@ -278,9 +288,9 @@ def _evaluate(words: list[str]) -> int:
 
         from whorl.evaluation.evaluate import evaluate_on, table_of
         from whorl.reporting.console import Console
-        from whorl.run import open_run
+        from whorl.supervised_run import open_any
 
-        opened = open_run(run, step=checkpoint, read_only=True)
+        opened = open_any(run, checkpoint, read_only=True)
         task = opened.with_environment(environment)
         _say_notice(task.environment)
         sampling = opened.settings.sampling

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from whorl.environments.base import Environment
 from whorl.learning import checkpoint
 from whorl.model.adapter import Lora
 from whorl.model.config import PRESETS, ModelConfig
@@ -16,7 +15,7 @@ from whorl.model.pretrained_tokenizer import load_tokenizer
 from whorl.model.tokenizer import ChatTokenizer, Tokenizer
 from whorl.model.transformer import Transformer
 from whorl.reporting.run_directory import RunDirectory
-from whorl.settings import Settings, from_dict
+from whorl.settings import AnySettings, from_dict
 
 BASE = "base"
 """The folder of a run with adapters that holds the model they were put on. Its checkpoints hold the adapters, and
@@ -32,8 +31,10 @@ class Origin(NamedTuple):
     """The checkpoint of another run that they were read from: that run may go on, and this one must not notice."""
 
 
-def origin_of(settings: Settings, environment: Environment, existing: RunDirectory | None = None) -> Origin:
+def origin_of(settings: AnySettings, alphabet: str | None, existing: RunDirectory | None = None) -> Origin:
     """What the settings ask for; for an existing run, a model of the shape that was recorded with it.
+
+    A preset's tokenizer is the one that the settings name, or has the characters of `alphabet`, or bytes.
 
     ValueError if there is no such model, or none without its tokenizer.
     """
@@ -47,11 +48,17 @@ def origin_of(settings: Settings, environment: Environment, existing: RunDirecto
     if place is not None:
         return _from_run(Path(place))
     if settings.model in PRESETS:
-        alphabet = environment.alphabet
-        tokenizer = Tokenizer.byte_level() if alphabet is None else Tokenizer.characters(alphabet)
+        if settings.tokenizer is not None:
+            tokenizer = load_tokenizer(settings.tokenizer)
+        else:
+            tokenizer = Tokenizer.byte_level() if alphabet is None else Tokenizer.characters(alphabet)
         preset = PRESETS[settings.model]
         model = Transformer(preset(tokenizer.vocab_size, settings.max_context)).initialise(settings.seed)
         return Origin(model, tokenizer, None)
+    if settings.tokenizer is not None:
+        raise ValueError(
+            f"{settings.model} has a tokenizer of its own; leave out tokenizer={settings.tokenizer}"
+        )
     if source.is_dir() and not is_checkpoint(source):
         return _from_run(_chosen(source, None))
     if source.is_dir() or "/" in settings.model:
@@ -88,12 +95,15 @@ def _config_of(directory: RunDirectory) -> ModelConfig:
 
 
 def _chosen(path: Path, step: int | None) -> Path:
-    """The checkpoint of `step` of a run directory, or its newest."""
+    """The checkpoint of `step` of a run directory, or its best if it keeps one, or its newest."""
     directory = RunDirectory.open(path)
     if step is not None and step not in directory.checkpoint_steps():
         steps = ", ".join(map(str, directory.checkpoint_steps())) or "none"
         raise ValueError(f"{path} has no checkpoint of step {step}; it has {steps}")
-    chosen = checkpoint.newest(path / "checkpoints") if step is None else directory.checkpoint(step)
+    if step is not None:
+        return directory.checkpoint(step)
+    best = checkpoint.newest(path / "best") if (path / "best").is_dir() else None
+    chosen = best or checkpoint.newest(path / "checkpoints")
     if chosen is None:
         raise ValueError(f"{path} has no checkpoint to start from")
     return chosen

@@ -10,7 +10,8 @@ from whorl.data import Problem, Rollout, Score
 from whorl.environments.base import Card, Environment
 from whorl.reporting.console import visible
 from whorl.rollouts import Player
-from whorl.run import Run, open_run
+from whorl.run import Run
+from whorl.supervised_run import SupervisedRun, open_any
 
 HELP = "Enter: the next held-out problem   any text: a prompt of your own   q: leave"
 
@@ -31,7 +32,7 @@ class OwnPrompt(Environment):
 
 def play_in_terminal(path: Path, step: int | None, temperature: float | None) -> int:
     """Read lines until `q` or the end of input; 0."""
-    run = open_run(path, step=step, read_only=True)
+    run = open_any(path, step, read_only=True)
     sampling = run.settings.sampling
     if temperature is not None:
         sampling = replace(sampling, temperature=temperature)
@@ -56,6 +57,9 @@ def play_in_terminal(path: Path, step: int | None, temperature: float | None) ->
                 continue
         else:
             size = run.environment.num_problems("test")
+            if size == 0:
+                console.print(Text("the run has no held-out problems; type a prompt of your own"))
+                continue
             problem, player = (
                 run.environment.problem("test", index if size is None else index % size),
                 run.player,
@@ -70,7 +74,7 @@ def play_in_terminal(path: Path, step: int | None, temperature: float | None) ->
         _show(console, groups[0].rollouts[0])
 
 
-def _player(run: Run, environment: Environment) -> Player:
+def _player(run: Run | SupervisedRun, environment: Environment) -> Player:
     return Player(environment, run.engine, run.tokenizer, run.settings.seed)
 
 

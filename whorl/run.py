@@ -32,7 +32,7 @@ from whorl.reporting.trackers import TensorBoard, Tracker, Trackio, WandB
 from whorl.rollouts import Player
 from whorl.sampling.engine import Engine
 from whorl.sampling.probe import Probe, probe_batch, probe_gap
-from whorl.settings import Settings, from_dict, settings_class
+from whorl.settings import AnySettings, Settings, from_dict, settings_class
 
 
 @dataclass
@@ -69,6 +69,14 @@ class Run:
     """Updates that were not taken since the last one that was."""
     faulty_steps: list[int] = field(default_factory=list)
     """Steps with an update that was not taken: their rollouts are kept."""
+
+    @property
+    def num_steps(self) -> int:
+        return self.settings.num_steps
+
+    @property
+    def finished(self) -> bool:
+        return self.warm and self.step >= self.num_steps
 
     # -- problems --------------------------------------------------------------------------------------
 
@@ -191,7 +199,7 @@ def start_run(
     config |= {"algorithm": {name: str(v) for name, v in run_parts["algorithm"].settings.items()}}
     config |= {"tokenizer": tokenizer.fingerprint, "start": run_parts["start"]}
     directory = RunDirectory.create(
-        config, path, files={n: text.encode() for n, text in tokenizer.files.items()}
+        config, path, files={n: text.encode() for n, text in tokenizer.files().items()}
     )
     if settings.lora.rank:
         checkpoint.save_model(directory.path / BASE, run_parts["model"])
@@ -214,7 +222,11 @@ def open_run(
         raise ValueError(
             f"{directory.path}/config.json has no {missing[0]!r}; was this run made by another version?"
         )
-    settings = _settings_of(directory)
+    settings = settings_of(directory)
+    if not isinstance(settings, Settings):
+        raise ValueError(
+            f"{directory.path} is a run of supervised fine-tuning, not of reinforcement learning"
+        )
     parts = _assemble(settings, directory)
     run = _run(settings, directory, parts, progress)
     checkpoints = directory.path / "checkpoints"
@@ -252,7 +264,8 @@ def _go_back(run: Run) -> None:
         directory.truncate_supervised_after(0)
 
 
-def _settings_of(directory: RunDirectory) -> Settings:
+def settings_of(directory: RunDirectory) -> AnySettings:
+    """The settings that were recorded with a run."""
     kind, values = directory.config["settings_class"], directory.config["settings"]
     try:
         if not isinstance(kind, str) or not isinstance(values, dict):
@@ -268,16 +281,27 @@ def new_curriculum(settings: Settings, environment: Environment) -> Curriculum:
     return make_curriculum(settings.curriculum, [part.num_problems("train") for part in parts], settings.seed)
 
 
-def on_cuda(settings: Settings) -> bool:
+def on_cuda(settings: AnySettings) -> bool:
     return settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
 
 
-def num_cores(settings: Settings) -> int:
+def num_cores(settings: AnySettings) -> int:
     """Cores that the run uses: those of the settings, or all that this process may use, at most 4."""
     if on_cuda(settings):
         return 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return settings.cores or min(allowed, 4)
+
+
+def use_own_threads(settings: AnySettings) -> None:
+    """On a CPU: one thread of torch. Further cores get processes and threads of our own.
+
+    torch's threads wait for one another within every operation: spinning they fall many times behind one thread as
+    soon as anything else runs on the machine, and sleeping they are slower than one on operations as small as a
+    small model's.
+    """
+    if not on_cuda(settings):
+        torch.set_num_threads(1)
 
 
 def memory_gib(player: Player) -> float:
@@ -292,14 +316,10 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
 
     The model of an existing run has the shape and the tokenizer that were recorded with it.
     """
-    if not on_cuda(settings):
-        # Further cores get processes and threads of our own. torch's threads wait for one another within every
-        # operation: spinning they fall many times behind one thread as soon as anything else runs on the
-        # machine, and sleeping they are slower than one on operations as small as a small model's.
-        torch.set_num_threads(1)
+    use_own_threads(settings)
     environment = make(settings.environment)
     algorithm = settings.resolve_algorithm()
-    model, tokenizer, start = origin_of(settings, environment, existing)
+    model, tokenizer, start = origin_of(settings, environment.alphabet, existing)
     if settings.lora.rank:
         targets_of(model, settings.lora)  # refuses targets that it has not
     check_prompts(environment, tokenizer, model.config.max_context)
@@ -377,8 +397,8 @@ def _run(
     )
 
 
-def open_tracker(run: Run) -> Tracker | None:
-    """The tracker that the settings name; what it already holds of later steps is drawn over."""
+def open_tracker(run: Any) -> Tracker | None:
+    """The tracker that the settings of a run of any kind name; what it already holds of later steps is drawn over."""
     name, directory = run.settings.tracker, run.directory
     if name == "tensorboard":
         return TensorBoard(directory.path / "tensorboard", first_step=run.step + 1 if run.warm else None)

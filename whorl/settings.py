@@ -70,6 +70,8 @@ class Settings:
     model: str = "m1-nano"
     """Preset (m1-nano, m1-small), a run directory from whose newest checkpoint to start, or a checkpoint
     folder or hub name whose tokenizer Whorl can read."""
+    tokenizer: str | None = None
+    """For a preset: run, model folder or hub name whose tokenizer to use (by default one is made for the task)."""
     max_context: int = 512
     """Longest sequence, prompt included, in tokens."""
     cold_start: ColdStart = field(default_factory=ColdStart)
@@ -191,14 +193,76 @@ class Settings:
         return asdict(self)
 
 
-def settings_class(place: str) -> type[Settings]:
+@dataclass(frozen=True)
+class SupervisedSettings:
+    """A run of supervised fine-tuning on chats."""
+
+    claim: ClassVar[str] = ""
+
+    data: str
+    """A .jsonl or .parquet file of chats: a column `messages`, or `prompt` and `completion`."""
+    held_out: str | None = None
+    """A file of chats to evaluate on; by default a tenth of `data`, by a hash of the prompt."""
+    model: str = "m1-nano"
+    """Preset (m1-nano, m1-small), or a run directory from which to start."""
+    tokenizer: str | None = None
+    """For a preset: run, model folder or hub name whose tokenizer to use (by default one id per byte)."""
+    max_context: int = 1024
+    """Longest chat in tokens; longer ones are left out, and it is said how many."""
+    num_epochs: int = 2
+    """Passes over the data."""
+    chats_per_update: int = 32
+    """Chats whose gradients are added up before each update; every token of them weighs the same."""
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(1e-3, warmup_steps=5))
+    evaluate_every_updates: int = 25
+    """Updates between evaluations of the loss on held-out chats; the start and the end are always evaluated."""
+    patience: int = 4
+    """Stop when so many evaluations in a row were no better than the best; 0: never."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=256))
+    """How `whorl play` and `whorl evaluate` answer; training samples nothing."""
+    max_running: int = 128
+    """Sequences the engine decodes together."""
+    token_budget: int = 16_384
+    """Padded tokens of a micro-batch; changes memory and speed, not results."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    checkpoint_every_updates: int = 25
+    """Updates between checkpoints; the start and the end are always kept, and the best evaluation's."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where metrics go besides the run directory."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model lives; auto: on the GPU if there is one."""
+    cores: int = 0
+    """CPU cores to use: threads that train. 0: all, at most 4. On a GPU always 1."""
+    seed: int = 0
+    """All randomness of the run: weights, order of the chats."""
+
+    def __post_init__(self) -> None:
+        counts = ("num_epochs", "chats_per_update", "evaluate_every_updates", "checkpoint_every_updates")
+        for name in (*counts, "max_context", "token_budget", "max_running", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"settings: {name} must be at least 1; got {getattr(self, name)}")
+        for name in ("patience", "cores"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"settings: {name} must not be negative; got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+AnySettings = Settings | SupervisedSettings
+
+
+def settings_class(place: str) -> type[AnySettings]:
     """The class at `package.module.Name`, as a run's configuration records it."""
     module, _, name = place.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         found = None
-    if not (isinstance(found, type) and issubclass(found, Settings)):
+    if not (isinstance(found, type) and issubclass(found, AnySettings)):
         raise ValueError(
             f"the run was made by {place}, which is not a recipe here; is another version installed?"
         )

@@ -5,6 +5,7 @@ import warnings
 from whorl.data import Rollout
 from whorl.reporting.run_directory import RunDirectory
 from whorl.run import Run
+from whorl.supervised_run import SupervisedRun
 
 
 def summarise(run: Run) -> None:
@@ -28,6 +29,20 @@ def summarise(run: Run) -> None:
         ("response length, tokens", *(f"{row['eval_response_tokens']:.1f}" for row in (before, after))),
     ]
     run.progress.before_after(table, _pairs(run.directory, before["step"], after["step"]))
+
+
+def summarise_supervised(run: SupervisedRun) -> None:
+    """Show the held-out loss before, and at its best."""
+    rows = [row for row in run.directory.history() if row.get("eval_loss") is not None]
+    if len(rows) < 2:
+        return
+    before, best = rows[0], next(row for row in rows if row["step"] == run.best_step)
+    table = [
+        ("step (after: the best)", str(before["step"]), str(best["step"])),
+        ("held-out loss, nats per token", f"{before['eval_loss']:.4f}", f"{best['eval_loss']:.4f}"),
+        ("held-out perplexity", *(f"{row['eval_perplexity']:.2f}" for row in (before, best))),
+    ]
+    run.progress.before_after(table)
 
 
 def _pairs(

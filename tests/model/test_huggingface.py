@@ -21,7 +21,7 @@ KINDS = [(family, "bytes") for family in FAMILIES] + [("mistral", "metaspace"), 
 family_kinds = pytest.mark.parametrize(("family", "kind"), KINDS)
 
 TEXT = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
     st.lists(
         st.sampled_from(["The answer", " is", " five", ".", "\n", "\n\n", "  ", "<think>", "</think>", "é", "😀", "<"]),
         min_size=1, max_size=6,
@@ -429,6 +429,17 @@ def test_without_the_extra_a_name_says_what_to_install(monkeypatch):
         load_tokenizer("nobody/nothing")
     with pytest.raises(ValueError, match="no folder nobody, and no name on the hub either"):
         load_tokenizer("nobody")
+
+
+def test_a_message_cannot_complete_a_special_token_with_the_text_beside_it():
+    source = "{% for m in messages %}<{{ m.content }}><|im_end|>{% endfor %}"
+    tokenizer = HuggingFaceTokenizer({"tokenizer.json": trained().to_str(), "chat_template.jinja": source})
+    for text in ("|im_start|", "|im_start|>", "s", "s><", "/s", "|", ">", "<"):
+        ids = ids_of(tokenizer.render([Message("user", text)], False))
+        assert [tokenizer.token_text(i) for i in ids if i in tokenizer._special_ids] == ["<|im_end|>"]
+        assert tokenizer.decode(ids) == f"<{text}>"
+    plain = trained().encode("<|im_start|><|im_end|>", add_special_tokens=False).tokens
+    assert plain == ["<|im_start|>", "<|im_end|>"], "the control: the library alone sees two special tokens"
 
 
 def test_a_text_that_ends_otherwise_when_nothing_follows_is_cut_between_tokens():

@@ -176,7 +176,7 @@ def killed_at_random(
         # Every second time its whole group is killed with it.
         while not trials[-1].run_for(chance.uniform(0.0, longest), whole_group=number % 2 == 1):
             if trials[-1].faults:  # it would fail again and again
-                return _row(f"{setting.name}: random times", alone, trials)
+                return compared(f"{setting.name}: random times", alone, trials)
             trials.append(Trial(home / f"random-{len(trials)}", setting.words))
             longest /= 2  # the machine was busier when the run was left alone
         advance(1)

@@ -18,14 +18,13 @@ import ast
 import functools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-from whorl.data import ROLES, Message, Problem, Rollout, Score
+from whorl.data import Problem, Rollout, Score
 from whorl.environments.base import SPLITS, Card, Environment, check_split, split_of
+from whorl.environments.table_files import describe, encodable, messages_of, rows_of
 from whorl.verifiers.answer import (
     MAX_ANSWER_CHARACTERS,
     after_hashes,
@@ -132,7 +131,7 @@ class DataFile(Environment):
     def _splits(self) -> Mapping[str, tuple[Problem, ...]]:
         problems = self._read(self.path)
         if self.test is None:
-            splits = _divide(problems, SPLITS)
+            splits = divide(problems, SPLITS)
         else:
             held_out = {problem.content_key: problem for problem in self._read(self.test)}
             kept = [problem for problem in problems if problem.content_key not in held_out]
@@ -141,7 +140,7 @@ class DataFile(Environment):
                     f"{num_common} problems of {self.path} are also in {self.test} and are kept for the test only",
                     stacklevel=2,
                 )
-            splits = {**_divide(kept, ("train", "validation")), "test": list(held_out.values())}
+            splits = {**divide(kept, ("train", "validation")), "test": list(held_out.values())}
         return {
             split: tuple(replace(problem, id=f"{self.name}/{split}/{i}") for i, problem in enumerate(members))
             for split, members in splits.items()
@@ -150,7 +149,7 @@ class DataFile(Environment):
     def _read(self, path: str) -> list[Problem]:
         """The problems of a file, in its order, each once."""
         first_row: dict[str, tuple[int, Problem]] = {}
-        for row, fields in _rows(path):
+        for row, fields in rows_of(path):
             where = f"{path}, row {row}"
             for column in (self.prompt, self.answer):
                 if column not in fields:
@@ -158,7 +157,7 @@ class DataFile(Environment):
                         f"{where}: there is no column {column!r}; its columns are {', '.join(map(repr, fields))} "
                         "(name yours with prompt=... and answer=...)"
                     )
-            prompt = _prompt(fields[self.prompt], f"{where}, column {self.prompt!r}")
+            prompt = messages_of(fields[self.prompt], f"{where}, column {self.prompt!r}")
             gold = self._gold(fields[self.answer], f"{where}, column {self.answer!r}")
             problem = Problem("", prompt, gold, self.name)
             known_row, known = first_row.setdefault(problem.content_key, (row, problem))
@@ -175,8 +174,8 @@ class DataFile(Environment):
         if self.verifier == "program":
             return _tests(value, where)
         if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # or nan
-            raise ValueError(f"{where}: expected an answer as text or a number; got {_describe(value)}")
-        solution = _encodable(str(value), where).strip()
+            raise ValueError(f"{where}: expected an answer as text or a number; got {describe(value)}")
+        solution = encodable(str(value), where).strip()
         text = final_answer(solution, (boxed, after_hashes)) or solution.removesuffix(".").rstrip()
         if not text:
             raise ValueError(f"{where}: the answer is empty; remove the row or fill it in")
@@ -193,7 +192,7 @@ class DataFile(Environment):
         return text
 
 
-def _divide(problems: Sequence[Problem], names: Sequence[str]) -> dict[str, list[Problem]]:
+def divide(problems: Sequence[Problem], names: Sequence[str]) -> dict[str, list[Problem]]:
     """The problems by split, each where its content puts it, or in training where that split is not wanted.
 
     If chance leaves a split of a file of 10 problems or more empty, one problem moves there. Which one depends
@@ -214,72 +213,6 @@ def _divide(problems: Sequence[Problem], names: Sequence[str]) -> dict[str, list
     return splits
 
 
-def _rows(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Row number, counted from 1, and columns of every row."""
-    kind = Path(path).suffix.lower()
-    if kind not in (".jsonl", ".parquet"):
-        raise ValueError(f"{path}: expected a file that ends in .jsonl or .parquet")
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file (from here, {Path.cwd()})")
-    if kind == ".jsonl":
-        yield from _jsonl_rows(path)
-        return
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-        rows = table.to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file: {error}") from None
-    yield from enumerate(rows, 1)
-
-
-def _jsonl_rows(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """One JSON object a line; empty lines count as rows but hold none."""
-    with open(path, "rb") as file:
-        for row, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line.decode("utf-8-sig" if row == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, row {row}: byte {error.start + 1} is not UTF-8; save the file as UTF-8"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, row {row}: not one JSON object on one line: {error}") from None
-            if not isinstance(fields, dict):
-                raise ValueError(
-                    f'{path}, row {row}: expected {{"prompt": ..., "answer": ...}}; got {_describe(fields)}'
-                )
-            yield row, fields
-
-
-def _prompt(value: object, where: str) -> str | tuple[Message, ...]:
-    if isinstance(value, str) and value.strip():
-        return _encodable(value, where)
-    if isinstance(value, str):
-        raise ValueError(f"{where}: the prompt is empty; remove the row or fill it in")
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: expected text or a list of messages; got {_describe(value)}")
-    messages = []
-    for place, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(
-                f'{where}, message {place}: expected {{"role": ..., "content": ...}}; got {_describe(message)}'
-            )
-        role, text = message["role"], message["content"]
-        if role not in ROLES:
-            raise ValueError(
-                f"{where}, message {place}: expected a role among {', '.join(ROLES)}; got {role!r}"
-            )
-        if not isinstance(text, str):
-            raise ValueError(f"{where}, message {place}: expected content as text; got {_describe(text)}")
-        messages.append(Message(role, _encodable(text, where)))
-    return tuple(messages)
-
-
 def _tests(value: object, where: str) -> str:
     """The tests of a program as a JSON list of snippets and of examples."""
     tests = value if isinstance(value, list) else [value]
@@ -293,24 +226,12 @@ def _tests(value: object, where: str) -> str:
         if len(texts) < len(parts) or (example is None and not texts[0].strip()):
             raise ValueError(
                 f'{here}: expected Python text with assertions, or {{"stdin": text, "stdout": text}}; got '
-                f"{_describe(test)}"
+                f"{describe(test)}"
             )
         for text in texts:
-            _encodable(text, here)
+            encodable(text, here)
         try:
             ast.parse(texts[0] if example is None else "")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"{here}: not Python: {str(error).partition(chr(10))[0]}") from None
     return json.dumps(tests)
-
-
-def _encodable(text: str, where: str) -> str:
-    """The text, unless it has half of a surrogate pair (JSON can spell one as \\ud800, UTF-8 cannot)."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{where}: the text has half of a surrogate pair, which is no character; remove it")
-    return text
-
-
-def _describe(value: object) -> str:
-    """Type and beginning of a value, for an error."""
-    return "nothing (null)" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

@@ -91,9 +91,8 @@ class ChatTokenizer(Protocol):
         """Ids of a whole chat, and for each whether the assistant would write it: texts and ends of its turns."""
         ...
 
-    @property
-    def files(self) -> Mapping[str, str]:
-        """The files that `load_tokenizer` and transformers' AutoTokenizer read, by name."""
+    def files(self) -> dict[str, str]:
+        """Contents by name of the files that `load_tokenizer` and transformers' AutoTokenizer read."""
         ...
 
     def save(self, folder: str | Path) -> None:
@@ -212,7 +211,6 @@ class Tokenizer:
         vocabulary = json.dumps([self.kind, *self._text_tokens, *SPECIAL_TOKENS])
         return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
-    @property
     def files(self) -> dict[str, str]:
         """tokenizer.json, with the special tokens marked as such, its configuration and the chat template."""
         marked = tokenizers.Tokenizer.from_str(self._inner.to_str())
@@ -230,8 +228,8 @@ class Tokenizer:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write `files`."""
-        write_files(folder, self.files)
+        """Write the files."""
+        write_files(folder, self.files())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":

@@ -1,11 +1,11 @@
-"""The recipes by name. A recipe is a module with a `Settings` subclass named like it in CamelCase."""
+"""The recipes by name. A recipe is a module with a subclass of `Settings` or `SupervisedSettings`, named like it."""
 
 import difflib
 import importlib
 import pkgutil
 
 import whorl.recipes
-from whorl.settings import Settings
+from whorl.settings import AnySettings
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -14,7 +14,7 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name != "catalog"))
 
 
-def recipe_named(name: str) -> type[Settings]:
+def recipe_named(name: str) -> type[AnySettings]:
     """The settings class of a recipe; ValueError that names the nearest if there is none."""
     if name not in recipe_names():
         near = difflib.get_close_matches(name, recipe_names(), n=1)

@@ -95,6 +95,15 @@ COLUMNS: tuple[tuple[str, int, Callable[[Mapping[str, Any]], str]], ...] = (
 )
 """Columns of a step's line: heading, width, text. `step` stands before them and `left` after."""
 
+SUPERVISED_COLUMNS: tuple[tuple[str, int, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("loss", 7, lambda m: _format(m.get("supervised_loss"), ".4f")),
+    ("held-out loss", 13, lambda m: _format(m.get("eval_loss"), ".4f")),
+    ("perplexity", 10, lambda m: _format(m.get("eval_perplexity"), ",.2f")),
+    ("rate", 8, lambda m: _format(m.get("learning_rate"), ".2e")),
+    ("tok/s", 9, lambda m: _format(m.get("train_tokens_per_second"), ",.0f")),
+)
+"""The same for supervised fine-tuning, whose steps are updates."""
+
 
 class Console:
     """A `Progress` on a stream (stdout by default).
@@ -103,11 +112,17 @@ class Console:
         num_steps: steps of the whole run, for the bar and the time left; None if open.
         file: where to write. Live bars are used only if it is a terminal that can move its cursor.
         width: columns to use instead of the terminal's own.
+        columns: what a step's line shows.
     """
 
     def __init__(
-        self, num_steps: int | None = None, file: io.TextIOBase | None = None, width: int | None = None
+        self,
+        num_steps: int | None = None,
+        file: io.TextIOBase | None = None,
+        width: int | None = None,
+        columns: Sequence[tuple[str, int, Callable[[Mapping[str, Any]], str]]] = COLUMNS,
     ) -> None:
+        self._columns = columns
         self._file: Any = sys.stdout if file is None else file
         self._num_steps = num_steps
         is_terminal = self._file.isatty()
@@ -189,12 +204,12 @@ class Console:
         left = self._time_left(step)
         label = f"{step}/{self._num_steps}" if self._num_steps else f"{step}"
         if not self._live:
-            shown = [(heading, text(metrics)) for heading, _width, text in COLUMNS]
+            shown = [(heading, text(metrics)) for heading, _width, text in self._columns]
             parts = [f"{heading} {text}" for heading, text in shown if text]
             self._plain("  ".join([f"step {label}", *parts, *([f"left {left}"] if left else [])]))
             return
         # What does not fit is left out from the right; the step always stands.
-        cells = [("step", label, 9), *((name, text(metrics), width) for name, width, text in COLUMNS)]
+        cells = [("step", label, 9), *((name, text(metrics), width) for name, width, text in self._columns)]
         cells.append(("left", left, 7))
         ends = accumulate(width + 2 for _name, _text, width in cells)
         cells = cells[: max(1, sum(end - 2 <= self._rich.width for end in ends))]

@@ -38,6 +38,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Reward", ("reward", "shaped_reward")),
         Panel("Held-out accuracy", ("eval_accuracy",), ("eval_accuracy_low", "eval_accuracy_high")),
         Panel("Training and held-out", ("accuracy", "eval_accuracy", "eval_pass_at_k")),
+        Panel("Loss per token", ("supervised_loss", "eval_loss")),
         Panel("Groups", ("groups_with_signal_frac", "groups_all_right_frac", "groups_all_wrong_frac")),
     ),
     "What does it write?": (

@@ -34,6 +34,9 @@ HEADLINES = (
     "eval_pass_at_k",
     "eval_greedy_accuracy",
     "eval_response_tokens",
+    "eval_loss",
+    "eval_perplexity",
+    "supervised_loss",
     "reward",
     "accuracy",
     "response_tokens",
@@ -218,7 +221,9 @@ def _interval(row: Mapping[str, Any], name: str) -> str:
 
 def _progress(rows: Rows, config: Mapping[str, Any]) -> dict[str, Any]:
     settings = config.get("settings")
-    total = settings.get("num_steps") if isinstance(settings, Mapping) else None
+    total = config.get("num_steps")  # of supervised fine-tuning, where it follows from the data
+    if total is None and isinstance(settings, Mapping):
+        total = settings.get("num_steps")
     last = rows[-1]["step"] if rows else None
     spent = [row.get("step_seconds") or 0 for row in rows] + [row.get("eval_seconds") or 0 for row in rows]
     return {
