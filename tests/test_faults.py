@@ -160,6 +160,21 @@ def test_weights_that_an_update_spoils_never_reach_a_checkpoint(tmp_path, monkey
     assert "training stopped as the run did: after an update of step 1" in verdict(result)
 
 
+def test_a_cold_start_that_breaks_its_weights_stops_after_as_many_skipped_updates(
+    tmp_path, monkeypatch, capsys
+):
+    start = ColdStart(60, 0.99, 50, 8, 8, OptimizerSettings(3e38))
+    run = warm_run(tmp_path / "run", monkeypatch, cold_start=start)
+    assert main(["resume", str(run.directory.path)]) == 1
+    said = capsys.readouterr().out
+    assert (
+        "3 updates in a row were skipped, up to update 4 of the cold start: the weight embed_tokens.weight"
+        in said
+    )
+    assert run.directory.stop_reason is not None
+    assert run.directory.checkpoint_steps() == []
+
+
 def test_a_sampler_that_is_not_the_learner_is_a_stop_that_can_be_replayed(tmp_path, monkeypatch):
     run = warm_run(tmp_path / "run", monkeypatch, sampler_gap_limit_nats=1e-12)
     reason = train(run)

@@ -8,7 +8,7 @@ import numpy as np
 from whorl.curricula.base import Curriculum
 from whorl.data import Problem
 from whorl.environments.base import Environment
-from whorl.faults import FOR_LEARNING, explained
+from whorl.faults import FOR_LEARNING, Stop, explained
 from whorl.learning.learner import Learner
 from whorl.learning.supervised import SUPERVISED, Example, supervised_batch
 from whorl.model.tokenizer import ChatTokenizer
@@ -22,8 +22,9 @@ def cold_start(run: Run) -> None:
     """Fine-tune until the accuracy of sampled validation answers reaches the gate.
 
     Nothing of it survives but the weights: reinforcement learning starts with a fresh optimizer. It is a
-    function of the seed alone, so a run killed during it starts it again. ValueError if the updates are used
-    up and not one validation answer is right: reinforcement learning would have nothing to select.
+    function of the seed alone, so a run killed during it starts it again. `Stop` if the updates are used up and
+    not one validation answer is right (reinforcement learning would have nothing to select), or if
+    `stop_after_skipped_updates` of them in a row were skipped.
     """
     settings = run.settings.cold_start
     if settings.max_updates == 0:
@@ -37,13 +38,19 @@ def cold_start(run: Run) -> None:
     check = run.held_out("validation", settings.check_problems)
     order = new_curriculum(replace(run.settings, curriculum="uniform"), run.environment)
     started = time.monotonic()
-    num_tokens, accuracy = 0, 0.0
+    num_tokens, accuracy, skipped_in_a_row = 0, 0.0, 0
     with run.progress.phase("cold start", settings.max_updates) as advance:
         for update in range(1, settings.max_updates + 1):
             if run.stopping:
                 raise KeyboardInterrupt
             batch = supervised_batch(_examples(run, order, update))
             metrics = learner.forward_backward(batch, SUPERVISED) | learner.optim_step()
+            skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
+            if skipped_in_a_row == run.settings.stop_after_skipped_updates:
+                raise Stop(
+                    f"{skipped_in_a_row} updates in a row were skipped, up to update {update} of the cold start: "
+                    f"{learner.fault}. Lower cold_start.optimizer.learning_rate"
+                )
             num_tokens += int(batch["trained_N"].sum())
             loss = metrics["supervised_loss"]
             advance(1, f"loss {loss:.3f}  accuracy {accuracy:.3f} (until {settings.until_accuracy:.2f})")
@@ -62,7 +69,7 @@ def cold_start(run: Run) -> None:
                 )
                 return
     if accuracy == 0:
-        raise ValueError(
+        raise Stop(
             f"the cold start ended after {settings.max_updates} updates with no right answer among "
             f"{len(check)}: reinforcement learning would have nothing to select. Make the task easier, or "
             "raise cold_start.max_updates"

@@ -1,7 +1,7 @@
 """Promise 2: the gradient of a batch is one number, however the batch is cut.
 
 Every row of the catalogue and every extra term is trained in float64 on one ragged batch: whole, in micro-batches,
-in other orders, and dealt to two processes that add up their gradients.
+in other orders, and dealt to the two ranks of a `torchrun`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
