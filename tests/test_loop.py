@@ -227,7 +227,7 @@ def test_an_unjudged_rollout_leaves_its_group_and_is_counted_apart_from_wrong_an
         kept.append(assemble(groups, *arguments))
         return kept[-1]
 
-    monkeypatch.setattr("whorl.loop.assemble", keep)
+    monkeypatch.setattr("whorl.updates.assemble", keep)
     train(run)
     row = run.directory.history()[-1]
     assert (row["unjudged_rollouts"], row["failed_rollouts"]) == (4 * 2, 0)
