@@ -69,7 +69,9 @@ def play_in_terminal(path: Path, step: int | None, temperature: float | None) ->
 
 
 def _player(run: Run, environment: Environment) -> Player:
-    return Player(environment, run.engine, run.tokenizer, run.settings.seed)
+    return Player(
+        environment, run.engine, run.tokenizer, run.settings.seed, run.settings.rollout_timeout_seconds
+    )
 
 
 def _show(console: Console, rollout: Rollout) -> None:

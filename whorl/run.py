@@ -255,6 +255,10 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
             f"unknown model {settings.model!r}; expected one of {', '.join(PRESETS)} or the path of a run "
             "directory"
         )
+    if (settings.record_experts or settings.replay_experts) and not model.config.num_experts:
+        raise ValueError(
+            f"record_experts and replay_experts need a model with experts; those of {settings.model} are dense"
+        )
     model.checkpoint_activations = settings.checkpoint_activations
     check_prompts(environment, tokenizer, model.config.max_context)
     return {
@@ -309,6 +313,7 @@ def _run(
         decode_text=tokenizer.decode,
         max_running=settings.max_running,
         max_cached_tokens=settings.max_cached_tokens,
+        record_experts=settings.record_experts or settings.replay_experts,
     )
     learner = Learner(
         model,
@@ -317,6 +322,7 @@ def _run(
         token_budget=settings.token_budget,
         value_head="value_old_N" in algorithm.needs,
         num_threads=num_cores(settings),
+        replay_experts=settings.replay_experts,
     )
     return Run(
         settings=settings,
@@ -333,6 +339,7 @@ def _run(
             engine,
             tokenizer,
             settings.seed,
+            settings.rollout_timeout_seconds,
             cores=num_cores(settings),
             probe_gap_limit_nats=settings.probe_gap_limit_nats,
         ),

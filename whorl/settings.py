@@ -106,6 +106,15 @@ class Settings:
     """Steps between recorded rollouts (the first and the last step are always recorded)."""
     stop_after_steps_without_signal: int = 20
     """Give up when no group had differing rewards for so many steps in a row; 0: never."""
+    rollout_timeout_seconds: float = 600.0
+    """Seconds that the environment may take over a rollout (waiting for the sampler not counted) and its verifier over
+    a verdict; then the rollout has failed. 0: no limit. An episode that blocks Python can be ended only where another
+    process plays it: that process is ended after twice the time and all rollouts it was playing have failed."""
+    record_experts: bool = False
+    """Log the share of tokens that sampler and learner send to other experts (costs some sampling speed)."""
+    replay_experts: bool = False
+    """Train each token on the experts that the sampler chose, with weights from the router as it is now (rollout
+    routing replay, arXiv:2510.11370). Implies record_experts."""
     sampler_gap_limit_nats: float = 1e-3
     """Stop if a token's log-prob differs by more between sampler and learner (bf16 needs about 1)."""
     probe_gap_limit_nats: float = 1e-5
@@ -137,6 +146,10 @@ class Settings:
         need(
             self.max_cached_tokens >= 0,
             f"max_cached_tokens must be 0 (no limit) or more; got {self.max_cached_tokens}",
+        )
+        need(
+            self.rollout_timeout_seconds >= 0,
+            f"rollout_timeout_seconds must be 0 (no limit) or more; got {self.rollout_timeout_seconds}",
         )
         need(self.cores >= 0, f"cores must be at least 1, or 0 for all; got {self.cores}")
         need(
