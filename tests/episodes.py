@@ -1,10 +1,13 @@
 """Environments that misbehave, in a module of their own that other processes can import."""
 
+import asyncio
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 from whorl.data import Problem, Rollout, Score
 from whorl.environments.base import Card, Environment, Policy
@@ -47,6 +50,23 @@ class Clumsy(Parity):
     def verify(self, problem: Problem, rollout: Rollout) -> Score:
         if rollout.sample == 1:
             raise OSError("the judge is ill")
+        return super().verify(problem, rollout)
+
+
+@dataclass(frozen=True)
+class Forgetful(Parity):
+    """In sample 0 waits for what never comes; the verdict on sample 1 comes when `released` is set."""
+
+    released: ClassVar[threading.Event] = threading.Event()
+
+    async def play(self, problem: Problem, policy: Policy) -> None:
+        await super().play(problem, policy)
+        if policy.sample == 0:
+            await asyncio.Event().wait()
+
+    def verify(self, problem: Problem, rollout: Rollout) -> Score:
+        if rollout.sample == 1:
+            self.released.wait()
         return super().verify(problem, rollout)
 
 

@@ -1,5 +1,6 @@
 """Rollouts on several processes: the same as on one, with the newest weights, and no process left behind."""
 
+import asyncio
 import gc
 import math
 import os
@@ -23,7 +24,8 @@ from whorl.learning.supervised import SUPERVISED, supervised_batch
 from whorl.loop import train
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
-from whorl.player_processes import ElsewhereError, PlayerProcesses, _failure
+from whorl.player_processes import ElsewhereError, PlayerProcesses, _failure, _play, _Request
+from whorl.rollouts import measure
 from whorl.run import num_cores, open_run
 from whorl.sampling.draw import Sampling
 from whorl.sampling.engine import ContextOverflow, Engine
@@ -239,6 +241,47 @@ def test_a_process_that_dies_stops_the_play_and_says_how(how, told):
     with pytest.raises(ChildProcessError, match=told):
         play(player)
     assert player.process_ids == []
+
+
+def test_a_process_that_computes_and_never_awaits_is_ended_and_its_rollouts_have_failed():
+    counts = []
+    with make_player(Fatal(os.getpid(), "hang"), 2) as player:
+        player.rollout_timeout_seconds = 1.0
+        groups = play(player, advance=lambda count=1, note="": counts.append(count))
+        assert player.process_ids == []
+        expected = play(make_player(Parity(), 1))
+        for place, (group, alone) in enumerate(zip(groups, expected, strict=True)):
+            if place % 2:  # groups 1 and 3 were the other process's
+                for rollout in group.rollouts:
+                    assert rollout.stop == "error"
+                    assert rollout.reward is None
+                    assert len(rollout) == 0
+                    assert str(rollout.error).startswith(
+                        "environment: the process that played this rollout was ended"
+                    )
+            else:
+                assert largest_gap([group], [alone]) <= 1e-5
+        assert sum(counts) == 20
+        metrics = measure(groups, 1.0)
+        assert metrics["failed_rollouts"] == 8
+        # And again: the processes are started anew.
+        assert measure(play(player), 1.0)["failed_rollouts"] == 8
+
+
+def test_a_process_says_that_it_is_alive_while_its_episodes_wait(monkeypatch):
+    class Slow(Parity):
+        async def play(self, problem, policy) -> None:
+            await super().play(problem, policy)
+            await asyncio.sleep(0.5)
+
+    monkeypatch.setattr("whorl.player_processes.SIGN_OF_LIFE_SECONDS", 0.02)
+    said = []
+    request = _Request(list(enumerate(problems(2))), 3, SAMPLING, ("test",), version=4)
+    answer = _play(make_player(Slow(), 1), request, said.append)
+    assert sum(said) == 6
+    assert said.count(0) >= 5
+    assert answer.probe is not None
+    assert answer.probe.version == 4
 
 
 def test_a_process_killed_between_two_plays_is_noticed(pair):

@@ -318,7 +318,10 @@ def test_the_tokenizer_of_a_model_folder_goes_with_the_run(tmp_path):
     [
         (["--data", "none.jsonl"], "there is no such file"),
         (["--data", "chats.jsonl", "--model", "m2"], "unknown model"),
-        (["--data", "chats.jsonl", "--tokenizer", "nowhere"], "no folder nowhere, and no name on the hub either"),
+        (
+            ["--data", "chats.jsonl", "--tokenizer", "nowhere"],
+            "no folder nowhere, and no name on the hub either",
+        ),
         (["--data", "chats.jsonl", "--num-epochs", "0"], "num_epochs must be at least 1"),
         (["--data", "chats.jsonl", "--patience", "-1"], "patience must not be negative"),
     ],

@@ -114,7 +114,8 @@ class Rollout:
 
     All arrays have length T. `logp_T` and `raw_logp_T` are the log-probabilities under the policy version
     `version_T` at the sampling temperature and at temperature 1; both are 0, and the version is -1, where
-    `policy_T` is False.
+    `policy_T` is False. `experts_T [T, L, k]`, if the sampler recorded them, says which experts each token went to
+    in each layer that has some (small integers), -1 where the sampler never read it, as the last token.
     """
 
     problem: Problem
@@ -130,9 +131,12 @@ class Rollout:
     stop: str = "stop_token"
     score: Score | None = None
     error: str | None = None
+    experts_T: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         length = len(self.tokens_T)
+        if self.experts_T is not None and len(self.experts_T) != length:
+            raise ValueError(f"experts_T has {len(self.experts_T)} entries for {length} tokens")
         for name in ("policy_T", "role_T", "logp_T", "raw_logp_T", "version_T"):
             if len(getattr(self, name)) != length:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {length} tokens")
@@ -194,6 +198,7 @@ class Batch:
     other modules read and write:
 
         tokens_N int64, policy_N bool, role_N int8, version_N int32     from the rollouts
+        experts_N [N, L, k]  experts the sampler chose, if it recorded them; -1 where it never read the token
         logp_sampler_N      the sampler's log-probability of the token
         logp_old_N          the same under the policy at the start of the batch (the sampler's, unless recomputed)
         logp_ref_N          under the reference policy
@@ -284,9 +289,14 @@ def pack(groups: Sequence[Group]) -> Batch:
     def column(name: str, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(np.concatenate([getattr(r, name) for _, r in rollouts])).to(dtype)
 
+    experts = [rollout.experts_T for _, rollout in rollouts if rollout.experts_T is not None]
+    recorded = (
+        {"experts_N": torch.from_numpy(np.concatenate(experts))} if len(experts) == len(rollouts) else {}
+    )
     return Batch(
         cu_seqlens_of([len(rollout) for _, rollout in rollouts]),
-        {
+        recorded
+        | {
             "tokens_N": column("tokens_T", torch.int64),
             "policy_N": column("policy_T", torch.bool),
             "role_N": column("role_T", torch.int8),

@@ -11,9 +11,14 @@ rollouts (log-probabilities differ by rounding), and a run with the same number 
 
 The processes are started anew (never forked), without running the user's script again, and end with the run:
 when they are closed, at exit, or at the end of file on their standard input, which comes however the run died.
+
+A process says every now and then that its event loop turns. If it falls silent for twice the time that an
+environment may take over a rollout, code that never awaits holds it up: it is ended, the rollouts it was to play
+have failed, and the next play starts the processes again.
 """
 
 import asyncio
+import math
 import mmap
 import os
 import pickle
@@ -22,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
@@ -39,7 +45,7 @@ from whorl.model.lora import add_lora
 from whorl.model.tokenizer import ChatTokenizer
 from whorl.model.transformer import Transformer
 from whorl.reporting.console import Advance
-from whorl.rollouts import Player, Share, peak_memory_gib
+from whorl.rollouts import Player, Share, failed_rollout, peak_memory_gib
 from whorl.sampling.draw import Sampling
 from whorl.sampling.engine import Engine
 from whorl.sampling.probe import Probe, probe_gap
@@ -55,6 +61,7 @@ class _Setup:
     environment: Environment
     tokenizer: ChatTokenizer
     seed: int
+    rollout_timeout_seconds: float
     config: ModelConfig
     lora: Lora | None
     dtype: torch.dtype
@@ -75,7 +82,7 @@ class _Request:
 @dataclass(frozen=True)
 class _Answer:
     share: Share
-    probe: Probe
+    probe: Probe | None
     num_generated_tokens: int
     num_preemptions: int
     memory_gib: float
@@ -92,7 +99,9 @@ class ElsewhereError(Exception):
 
 
 READY = "ready"
-"""What a process says first. Later come: a number of finished rollouts, an answer or a failure."""
+"""What a process says first. Later come: a number of finished rollouts (0: it is alive), an answer or a failure."""
+
+SIGN_OF_LIFE_SECONDS = 1.0
 
 
 @dataclass
@@ -203,6 +212,8 @@ class PlayerProcesses(Player):
         except BaseException:
             self.close()  # what they still play would be taken for the answer to the next request
             raise
+        if any(other.hung for other in self._others):
+            self.close()
         groups: dict[int, Group] = {}
         for part, share in zip(parts, shares, strict=True):
             for (place, problem), group in zip(part, share.groups, strict=True):
@@ -222,7 +233,7 @@ class PlayerProcesses(Player):
         try:
             async with asyncio.TaskGroup() as tasks:
                 elsewhere = [
-                    tasks.create_task(other.play(request, advance))
+                    tasks.create_task(other.play(request, advance, 2 * self.rollout_timeout_seconds))
                     for other, request in zip(self._others, requests, strict=False)
                 ]
                 here = tasks.create_task(self.play_share(parts[0], num_samples, sampling, address, advance))
@@ -235,7 +246,7 @@ class PlayerProcesses(Player):
         self._preempted_elsewhere += sum(answer.num_preemptions for answer in answers)
         return [here.result(), *(answer.share for answer in answers)]
 
-    def _compare_probes(self, told: Sequence[Probe]) -> None:
+    def _compare_probes(self, told: Sequence[Probe | None]) -> None:
         """ValueError if another process played with other weights than those of this one's sampler."""
         expected = self.sampler.probe()
         gaps = [
@@ -246,8 +257,9 @@ class PlayerProcesses(Player):
                 teller=f"process {other.process.pid}, which plays rollouts,",
             )
             for other, probe in zip(self._others, told, strict=False)
+            if probe is not None
         ]
-        self._probe_gap_nats = max(gaps)
+        self._probe_gap_nats = max(gaps, default=0.0)
 
 
 class _Other:
@@ -269,10 +281,16 @@ class _Other:
         )
         theirs.close()
         self.memory_gib = 0.0
+        self.hung = False
         self._ready = False
+        self._heard = 0.0
+        self._num_finished = 0
 
-    async def play(self, request: _Request, advance: Advance | None) -> _Answer:
-        """Let it play its part. Messages are read between the steps of this process's own engine."""
+    async def play(self, request: _Request, advance: Advance | None, patience_seconds: float) -> _Answer:
+        """Let it play its part. Messages are read between the steps of this process's own engine.
+
+        If nothing is heard of it for `patience_seconds` (0: wait for ever), it is ended and its part has failed.
+        """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[_Answer] = loop.create_future()
 
@@ -292,16 +310,40 @@ class _Other:
             raise ChildProcessError(self._how_it_died()) from None
         loop.add_reader(self._connection.fileno(), read)
         try:
-            return await answer
+            while not answer.done():
+                await asyncio.wait({answer}, timeout=patience_seconds or None)
+                # What was sent while this process was busy itself has been read by now.
+                silent = loop.time() - self._heard
+                if self._ready and not answer.done() and 0 < patience_seconds <= silent:
+                    return self._give_up(request, advance, silent)
+            return answer.result()
         finally:
             loop.remove_reader(self._connection.fileno())
 
+    def _give_up(self, request: _Request, advance: Advance | None, silent: float) -> _Answer:
+        self.hung = True
+        self.process.kill()
+        error = (
+            f"environment: the process that played this rollout was ended: it was silent for {silent:.0f} s, twice "
+            "the rollout_timeout_seconds, so an episode computes and never awaits (this one or another)"
+        )
+        groups = [
+            Group(problem, [failed_rollout(problem, place, s, error) for s in range(request.num_samples)])
+            for place, problem in request.numbered
+        ]
+        if advance is not None:
+            advance(len(request.numbered) * request.num_samples - self._num_finished)
+        now = time.monotonic()
+        return _Answer(Share(groups, now, now), None, 0, 0, self.memory_gib)
+
     def _take(self, message: Any, request: _Request, answer: asyncio.Future, advance: Advance | None) -> None:
+        self._heard = asyncio.get_running_loop().time()
         if message == READY:
             self._ready = True
             self._send(request)
         elif isinstance(message, int):
-            if advance is not None:
+            self._num_finished += message
+            if advance is not None and message:
                 advance(message)
         elif isinstance(message, _Answer):
             self.memory_gib = message.memory_gib
@@ -312,6 +354,7 @@ class _Other:
             answer.set_exception(message.error)
 
     def _send(self, request: _Request) -> None:
+        self._heard, self._num_finished = asyncio.get_running_loop().time(), 0
         try:
             self._connection.send(request)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -389,11 +432,18 @@ def _pickled_setup(player: Player) -> bytes:
         "max_running": engine.max_running,
         "prefill_chunk_tokens": engine.prefill_chunk_tokens,
         "max_cached_tokens": engine.max_cached_tokens,
+        "record_experts": engine.record_experts,
     }
     dtype = engine.model.embed_tokens.weight.dtype
-    model = engine.model
     setup = _Setup(
-        player.environment, player.tokenizer, player.seed, model.config, model.lora, dtype, settings
+        player.environment,
+        player.tokenizer,
+        player.seed,
+        player.rollout_timeout_seconds,
+        engine.model.config,
+        engine.model.lora,
+        dtype,
+        settings,
     )
     try:
         return pickle.dumps(setup)
@@ -432,7 +482,7 @@ def _player(setup_fd: int, weights_fd: int) -> Player:
     model.to(setup.dtype)
     _map_parameters(model, weights_fd, write=False)
     engine = Engine(model, **setup.engine)
-    return Player(setup.environment, engine, setup.tokenizer, setup.seed)
+    return Player(setup.environment, engine, setup.tokenizer, setup.seed, setup.rollout_timeout_seconds)
 
 
 def _play(player: Player, request: _Request, send: Callable[[int], None]) -> _Answer:
@@ -442,9 +492,21 @@ def _play(player: Player, request: _Request, send: Callable[[int], None]) -> _An
     def advance(count: int = 1, note: str = "") -> None:
         send(count)
 
-    share = asyncio.run(
-        player.play_share(request.numbered, request.num_samples, request.sampling, request.address, advance)
-    )
+    async def play() -> Share:
+        alive = asyncio.create_task(say_so())
+        try:
+            return await player.play_share(
+                request.numbered, request.num_samples, request.sampling, request.address, advance
+            )
+        finally:
+            alive.cancel()
+
+    async def say_so() -> None:
+        while True:
+            send(0)
+            await asyncio.sleep(min(SIGN_OF_LIFE_SECONDS, player.rollout_timeout_seconds or math.inf))
+
+    share = asyncio.run(play())
     return _Answer(
         share,
         player.sampler.probe(),

@@ -1,25 +1,33 @@
-"""From problems to judged groups: many episodes at once, verified while others still generate."""
+"""From problems to judged groups: many episodes at once, verified while others still generate.
+
+An episode or a verdict that never ends does not hold up the others: after a time its rollout has failed, which
+is recorded, and the run goes on. What cannot be ended is Python code of an environment's episode that computes
+and never awaits: it holds up the process that plays it. `player_processes` ends such a process if it is not
+this one.
+"""
 
 import asyncio
-import math
 import resource
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from whorl.data import Group, Metrics, Problem, Rollout, Score
+from whorl.data import Group, Metrics, Problem, Rollout
 from whorl.environments.base import Environment
 from whorl.model.tokenizer import ChatTokenizer
 from whorl.reporting.console import Advance
 from whorl.sampling.dialogue import Dialogue
 from whorl.sampling.draw import NotFinite, Sampling, stream_key
 from whorl.sampling.engine import Engine
+from whorl.sampling.request import Completion, Request
+from whorl.verdicts import Verdicts
 
-NUM_VERIFIERS = 4  # threads that wait for verifiers; the work itself is in processes where it is heavy
+TIMEOUT_SECONDS = (
+    600.0  # no episode of ours computes for a second; one that builds and tests software may for minutes
+)
 
 
 @dataclass(repr=False)
@@ -39,12 +47,18 @@ class Share:
 
 @dataclass
 class Player:
-    """Plays the episodes of one environment on one engine, in this process."""
+    """Plays the episodes of one environment on one engine, in this process.
+
+    `rollout_timeout_seconds` bounds the time that the environment takes over one rollout (waiting for the sampler
+    does not count, since it depends on how much else is sampled), and that its verifier takes over one verdict;
+    0: no bound.
+    """
 
     environment: Environment
     sampler: Engine
     tokenizer: ChatTokenizer
     seed: int
+    rollout_timeout_seconds: float = TIMEOUT_SECONDS
 
     @property
     def num_generated_tokens(self) -> int:
@@ -95,7 +109,7 @@ class Player:
         advance: Advance | None = None,
     ) -> Share:
         """As `play`, for problems that come with their places in the whole request."""
-        verifiers = ThreadPoolExecutor(NUM_VERIFIERS, thread_name_prefix="verify")
+        verdicts = Verdicts(self.environment.verify, self.rollout_timeout_seconds)
         last_played = time.monotonic()
         whose: dict[int, str] = {}
 
@@ -106,8 +120,7 @@ class Player:
             rollout = await self._episode(problem, key, group, sample, sampling)
             last_played = time.monotonic()
             if rollout.error is None:
-                loop = asyncio.get_running_loop()
-                rollout.score = await loop.run_in_executor(verifiers, self._verify, problem, rollout)
+                rollout.score, rollout.error = await verdicts.judge(problem, rollout)
             if advance is not None:
                 advance(1)
             return rollout
@@ -125,7 +138,7 @@ class Player:
                 raise NotFinite(f"{error}, of {whose.get(error.key, 'another sample')},", error.key) from None
             raise error from None
         finally:
-            verifiers.shutdown(wait=False, cancel_futures=True)
+            verdicts.close()
         groups = [
             Group(problem, [task.result() for task in row])
             for (_, problem), row in zip(numbered, waiting, strict=True)
@@ -135,13 +148,20 @@ class Player:
     async def _episode(
         self, problem: Problem, key: int, group: int, sample: int, sampling: Sampling
     ) -> Rollout:
+        limit = asyncio.timeout(None)
+        clock = _Clock(self.sampler, limit, self.rollout_timeout_seconds)
         dialogue = Dialogue(
-            self.sampler, self.tokenizer, problem, key=key, group=group, sample=sample,
-            sampling=sampling, keep_state=self.environment.multi_turn,
+            clock if self.rollout_timeout_seconds else self.sampler, self.tokenizer, problem,
+            key=key, group=group, sample=sample, sampling=sampling, keep_state=self.environment.multi_turn,
         )  # fmt: skip
         try:
-            await self.environment.play(problem, dialogue)
+            async with limit:
+                clock.start()
+                await self.environment.play(problem, dialogue)
         except Exception as error:  # the environment's code failed: that is data, and the run goes on
+            if limit.expired():
+                seconds = f"{self.rollout_timeout_seconds:g} s (rollout_timeout_seconds)"
+                return dialogue.rollout("error", f"environment: the episode took more than {seconds}")
             if dialogue.sampler_error is error:
                 raise
             return dialogue.rollout("error", f"environment: {type(error).__name__}: {error}")
@@ -150,15 +170,40 @@ class Player:
             return dialogue.rollout("error", "environment: the episode neither read its prompt nor wrote")
         return rollout
 
-    def _verify(self, problem: Problem, rollout: Rollout) -> Score:
+
+class _Clock:
+    """The sampler as one episode sees it: the time that is spent waiting for it does not count."""
+
+    def __init__(self, sampler: Engine, limit: asyncio.Timeout, seconds: float):
+        self._sampler, self._limit, self._left = sampler, limit, seconds
+
+    @property
+    def max_context(self) -> int:
+        return self._sampler.max_context
+
+    def start(self) -> None:
+        """Count from now on."""
+        self._since = asyncio.get_running_loop().time()
+        if self._left:
+            self._limit.reschedule(self._since + self._left)
+
+    async def complete(self, request: Request) -> Completion:
+        # A hair of time is always left, as 0 stands for no limit.
+        self._left = max(self._left - (asyncio.get_running_loop().time() - self._since), 1e-9)
+        self._limit.reschedule(None)
         try:
-            score = self.environment.verify(problem, rollout)
-            if score.reward is not None and not math.isfinite(score.reward):
-                raise ValueError(f"the reward is {score.reward}")
-            return score
-        except Exception as error:  # a verifier that raises could not judge, which is not a wrong answer
-            rollout.error = f"verifier: {type(error).__name__}: {error}"
-            return Score(None, why=rollout.error)
+            return await self._sampler.complete(request)
+        finally:
+            self.start()
+
+
+def failed_rollout(problem: Problem, group: int, sample: int, error: str) -> Rollout:
+    """A rollout of which nothing is left but the reason."""
+    none = np.zeros(0, dtype=np.int32)
+    return Rollout(
+        problem, group, sample, none, none.astype(bool), none.astype(np.int8), none.astype(np.float32),
+        none.astype(np.float32), none, stop="error", error=error,
+    )  # fmt: skip
 
 
 def peak_memory_gib() -> float:

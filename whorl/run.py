@@ -322,6 +322,10 @@ def _assemble(settings: Settings, existing: RunDirectory | None = None) -> dict[
     model, tokenizer, start = origin_of(settings, environment.alphabet, existing)
     if settings.lora.rank:
         targets_of(model, settings.lora)  # refuses targets that it has not
+    if (settings.record_experts or settings.replay_experts) and not model.config.num_experts:
+        raise ValueError(
+            f"record_experts and replay_experts need a model with experts; those of {settings.model} are dense"
+        )
     check_prompts(environment, tokenizer, model.config.max_context)
     return {
         "environment": environment,
@@ -366,6 +370,7 @@ def _run(
         decode_text=tokenizer.decode,
         max_running=settings.max_running,
         max_cached_tokens=settings.max_cached_tokens,
+        record_experts=settings.record_experts or settings.replay_experts,
     )
     learner = Learner(
         model,
@@ -374,6 +379,7 @@ def _run(
         token_budget=settings.token_budget,
         value_head="value_old_N" in algorithm.needs,
         num_threads=num_cores(settings),
+        replay_experts=settings.replay_experts,
     )
     return Run(
         settings=settings,
@@ -390,6 +396,7 @@ def _run(
             engine,
             tokenizer,
             settings.seed,
+            settings.rollout_timeout_seconds,
             cores=num_cores(settings),
             probe_gap_limit_nats=settings.probe_gap_limit_nats,
         ),

@@ -117,6 +117,15 @@ class Settings:
     """Give up when no group had differing rewards for so many steps in a row; 0: never."""
     stop_after_skipped_updates: int = 3
     """Stop when so many updates in a row were skipped because something was not finite; 0: never."""
+    rollout_timeout_seconds: float = 600.0
+    """Seconds that the environment may take over a rollout (waiting for the sampler not counted) and its verifier over
+    a verdict; then the rollout has failed. 0: no limit. An episode that blocks Python can be ended only where another
+    process plays it: that process is ended after twice the time and all rollouts it was playing have failed."""
+    record_experts: bool = False
+    """Log the share of tokens that sampler and learner send to other experts (costs some sampling speed)."""
+    replay_experts: bool = False
+    """Train each token on the experts that the sampler chose, with weights from the router as it is now (rollout
+    routing replay, arXiv:2510.11370). Implies record_experts."""
     sampler_gap_limit_nats: float = 1e-3
     """Stop if a token's log-prob differs by more between sampler and learner (bf16 needs about 1)."""
     probe_gap_limit_nats: float = 1e-5
@@ -158,6 +167,10 @@ class Settings:
                 getattr(self, name) >= 0,
                 f"{name} must be at least 1, or 0 for never; got {getattr(self, name)}",
             )
+        need(
+            self.rollout_timeout_seconds >= 0,
+            f"rollout_timeout_seconds must be 0 (no limit) or more; got {self.rollout_timeout_seconds}",
+        )
         need(self.cores >= 0, f"cores must be at least 1, or 0 for all; got {self.cores}")
         need(
             self.updates_per_batch <= self.problems_per_step,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.model.shapes import CONFIGS
 from whorl.model.config import ModelConfig
-from whorl.model.experts import DenseFeedForward, Experts, Routing, load_balance_loss
+from whorl.model.experts import DenseFeedForward, Experts, Routing, load_balance_loss, num_rerouted
 
 MOE = CONFIGS["hybrid moe"]
 
@@ -183,3 +183,86 @@ def test_sizes_that_the_grouped_product_cannot_take_are_refused_early(width, ffn
     with pytest.raises(ValueError, match="multiples of 8"):
         replace(MOE, width=width, ffn_width=ffn_width)
     assert isinstance(replace(MOE, width=width, ffn_width=ffn_width, num_experts=0), ModelConfig)
+
+
+# Replay of a choice made before.
+
+
+def forced(experts, x, choice):
+    """Independent statement: g_i = exp(s_i) / sum over the forced experts of exp(s_j), token by token."""
+    rows = []
+    for t in range(len(x)):
+        logits = torch.stack([experts.gate.weight[e] @ x[t] for e in choice[t]])
+        total = torch.zeros_like(x[t])
+        for share, e in zip(logits.exp() / logits.exp().sum(), choice[t], strict=True):
+            gate, up = (experts.gate_up[e] @ x[t]).chunk(2)
+            total = total + share * (experts.down[e] @ (F.silu(gate) * up))
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def some_choice(num_tokens, num_experts, k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(num_experts, generator=generator)[:k] for _ in range(num_tokens)])
+
+
+@pytest.mark.parametrize(("num_experts", "k"), [(4, 2), (5, 3), (3, 1)])
+def test_replayed_experts_are_weighted_by_the_router_as_it_is_and_every_gradient_flows(num_experts, k):
+    experts, x = make_experts(num_experts, k)
+    x.requires_grad_()
+    choice = some_choice(len(x), num_experts, k)
+    out, routing = experts(x, choice.to(torch.int8))
+    assert torch.equal(routing.chosen, choice)
+    expected = forced(experts, x, choice.tolist())
+    assert (out - expected).abs().max() <= 1e-12
+    leaves = [x, *experts.parameters()]
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+    found = torch.autograd.grad((out * weight).sum(), leaves)
+    reference = torch.autograd.grad((expected * weight).sum(), leaves, allow_unused=True)
+    for a, b in zip(found, reference, strict=True):
+        assert (a - (0 if b is None else b)).abs().max() <= 1e-11
+    (router,) = (grad for leaf, grad in zip(leaves, found, strict=True) if leaf is experts.gate.weight)
+    assert (router.abs().max() > 1e-3) == (k > 1)  # the router learns; a single expert always has weight 1
+
+
+def test_the_gradients_of_replayed_experts_are_those_of_finite_differences():
+    experts, x = make_experts(4, 2)
+    choice = some_choice(3, 4, 2)
+
+    def mixture(x, gate):
+        return torch.func.functional_call(experts, {"gate.weight": gate}, (x, choice))[0]
+
+    gate = experts.gate.weight.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(mixture, (x[:3].clone().requires_grad_(), gate))
+
+
+def test_replaying_the_own_choice_changes_no_bit():
+    for dtype in (torch.float32, torch.float64):
+        experts, x = make_experts(5, 3, dtype)
+        out, routing = experts(x)
+        again, replayed = experts(x, routing.chosen.to(torch.int8))
+        assert torch.equal(out, again)
+        assert torch.equal(routing.chosen, replayed.chosen)
+        grads = [torch.autograd.grad(y.square().sum(), list(experts.parameters())) for y in (out, again)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_tokens_without_a_record_go_where_the_router_sends_them():
+    experts, x = make_experts(4, 2)
+    out, routing = experts(x)
+    choice = some_choice(len(x), 4, 2)
+    choice[::2] = -1
+    mixed, found = experts(x, choice)
+    assert torch.equal(found.chosen[::2], routing.chosen[::2])
+    assert torch.equal(found.chosen[1::2], choice[1::2])
+    assert (mixed[::2] - out[::2]).abs().max() <= 1e-12
+
+
+def test_rerouted_tokens_are_counted_as_sets_in_any_layer_and_with_their_copies():
+    """Two layers, four tokens. Token 0 agrees but for the order, 1 differs in the second layer, 2 was not read."""
+    routing = [
+        Routing(torch.tensor([[0.5, 0.3, 0.2]] * 4), torch.tensor([[0, 1]] * 4)),
+        Routing(torch.tensor([[0.2, 0.3, 0.5]] * 4), torch.tensor([[2, 1]] * 4)),
+    ]
+    recorded = torch.tensor([[[1, 0], [1, 2]], [[0, 1], [2, 0]], [[-1, -1], [-1, -1]], [[0, 2], [2, 1]]])
+    assert int(num_rerouted(routing, recorded.to(torch.int8), torch.tensor([1, 3, 10, 1]))) == 3 + 1

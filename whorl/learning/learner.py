@@ -34,7 +34,7 @@ from whorl.learning.packing import layout_of, micro_batches, with_prefixes
 from whorl.learning.ranks import add_gradients, from_every_rank
 from whorl.learning.reference import Reference
 from whorl.learning.seen import Seen, first_fault, weight_fault
-from whorl.model.experts import Routing, load_balance_loss
+from whorl.model.experts import Routing, load_balance_loss, num_rerouted
 from whorl.model.layout import Fork, Layout
 from whorl.model.lora import policy_parameters
 from whorl.model.transformer import Hidden, Transformer
@@ -56,6 +56,10 @@ class Learner:
     `num_threads` micro-batches are worked on at once (for a CPU). Gradients are added in the order of
     micro-batches, so a run repeats to the bit with the same number of threads; with another number the batch
     is cut otherwise and the sums are rounded otherwise.
+
+    `replay_experts`: tokens go to the experts that the sampler chose (column `experts_N`), with weights from the
+    router as it is now, wherever the policy's log-probs or values are computed (rollout routing replay,
+    arXiv:2510.11370). The reference chooses for itself.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Learner:
         reference: bool = False,
         router_aux_coefficient: float = 0.001,
         num_threads: int = 1,
+        replay_experts: bool = False,
     ):
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1; got {num_threads}")
@@ -76,7 +81,9 @@ class Learner:
             raise ValueError(f"temperature must be above 0 (there is no gradient at 0); got {temperature}")
         self.model, self.temperature, self.token_budget = model, temperature, token_budget
         self.router_aux_coefficient = router_aux_coefficient
-        self.num_threads = num_threads
+        if replay_experts and not model.config.num_experts:
+            raise ValueError("replay_experts needs a model with experts; these feed-forward layers are dense")
+        self.num_threads, self.replay_experts = num_threads, replay_experts
         self._threads: ThreadPoolExecutor | None = None
         weight = model.embed_tokens.weight
         self.device, self.dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
@@ -146,7 +153,8 @@ class Learner:
         weight column for each term and what the objectives read. Metrics are those of the whole batch, on
         every rank. Per-token metrics of the objectives become means over its trained tokens; `ratio_max` is
         there if the batch holds `logp_old_N`. With `compare_sampler`, the metrics of `sampler_gap` come at no
-        extra pass: meaningful as long as the weights are those that sampled the batch.
+        extra pass, and `experts_differ_frac` if the batch holds `experts_N`: meaningful as long as the weights
+        are those that sampled the batch.
 
         Where a log-probability or the loss is not finite, `fault` says so and `optim_step` will skip the update.
         """
@@ -162,6 +170,8 @@ class Learner:
         kept = {name for name in wanted | {"group_S", "sample_S"} if name in batch.columns}
         slim = Batch(batch.cu_seqlens, {name: batch[name] for name in kept})
         read_N = torch.stack([batch["trained_N"], *(batch[t.weight_column] != 0 for t in terms)]).any(dim=0)
+        if "experts_N" in batch and (compare_sampler or self.replay_experts):
+            slim = slim.with_columns(experts_N=batch["experts_N"])
         written_N = batch.columns.get("policy_N", read_N)
         slim = slim.with_columns(read_N=read_N, number_S=torch.arange(batch.num_sequences))
         slim = with_prefixes(slim, read_N | written_N)
@@ -212,6 +222,11 @@ class Learner:
             seen.largest_ratio.append(gap_N.clamp(max=MAX_LOG_RATIO).max().double().exp())
         if "logp_sampler_N" in columns:
             seen.compared.append(torch.stack([logp_N, columns["logp_sampler_N"]])[:, trained_N])
+            if "experts_N" in part:
+                recorded_ULk = part["experts_N"].to(self.device)[layout.source_U]
+                num_recorded = (part["experts_N"][:, 0, 0] >= 0).sum()
+                seen.sums["experts_differ"] = num_rerouted(hidden.routing, recorded_ULk, layout.copies_U)
+                seen.sums["experts_recorded"] = num_recorded.to(self.device)
         return gradients, seen
 
     def _add_gradient(self, gradients: tuple[Tensor | None, ...] | None) -> None:
@@ -305,13 +320,19 @@ class Learner:
     def _run(self, batch: Batch, model: Transformer) -> tuple[Hidden, Layout | Fork]:
         """Hidden states of the tokens of the layout's rows, in which a shared prefix stands once."""
         layout = layout_of(batch, self.device)
-        return model(batch["tokens_N"].to(self.device)[layout.source_U], layout), layout
+        replay_ULk = None
+        if self.replay_experts and model is self.model and "experts_N" in batch:
+            replay_ULk = batch["experts_N"].to(self.device)[layout.source_U]
+        tokens_U = batch["tokens_N"].to(self.device)[layout.source_U]
+        return model(tokens_U, layout, replay_NLk=replay_ULk), layout
 
     def _read(self, batch: Batch, model: Transformer, head: Callable[..., Tensor]) -> Float[Tensor, " N"]:
         """head(model, hidden before the token, token) at the policy's tokens, 0 elsewhere; on the CPU."""
         _check_first_tokens(batch, batch["policy_N"], "policy_N")
         slim = Batch(batch.cu_seqlens, {name: batch[name] for name in ("tokens_N", "policy_N")})
         slim = slim.with_columns(place_N=torch.arange(batch.num_tokens))
+        if self.replay_experts and model is self.model and "experts_N" in batch:
+            slim = slim.with_columns(experts_N=batch["experts_N"])
         slim = with_prefixes(slim, slim["policy_N"])
         result_N = torch.zeros(batch.num_tokens, dtype=self.dtype)
 
@@ -391,6 +412,8 @@ class Learner:
             if name not in batch:
                 raise ValueError(f"the batch has no column {name}; make it with assemble or supervised_batch")
             _check_first_tokens(batch, batch[name] != 0, name)
+        if self.replay_experts and "experts_N" not in batch:
+            raise ValueError("replay_experts needs the column experts_N; let the sampler record experts")
 
 
 def _sum_terms(columns: Mapping[str, Tensor], terms: Sequence[Term]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -30,19 +30,22 @@ def with_prefixes(batch: Batch, read_N: Bool[Tensor, " N"]) -> Batch:
     `read_N` marks the tokens whose log-probability or value someone reads, and those the policy wrote. The
     tokens themselves are compared, so members of a group with different prompts share nothing, and equal
     prompts of different groups are shared. A prefix stops before the last token of its sequence; a sequence
-    of one token is all prefix, and shares it with nobody.
+    of one token is all prefix, and shares it with nobody. Where `experts_N` are to be replayed, they have to be
+    equal too.
     """
     length_S = batch.length_S
     marked_N = torch.where(read_N, batch["position_N"], batch.num_tokens)
     first_S = length_S.scatter_reduce(0, batch["sequence_N"], marked_N, "amin")
     prefix_length_S = torch.minimum(first_S, length_S - 1).clamp(min=1)
     tokens = batch["tokens_N"].numpy()
+    experts = batch["experts_N"].numpy() if "experts_N" in batch else tokens[:, None][:, :0]
     numbers: dict[bytes | int, int] = {}
     prefix = []
     for s, (start, count) in enumerate(
         zip(batch.cu_seqlens.tolist(), prefix_length_S.tolist(), strict=False)
     ):
-        key = tokens[start : start + count].tobytes() if length_S[s] > 1 else s
+        span = slice(start, start + count)
+        key = tokens[span].tobytes() + experts[span].tobytes() if length_S[s] > 1 else s
         prefix.append(numbers.setdefault(key, len(numbers)))
     return batch.with_columns(
         prefix_S=torch.tensor(prefix, dtype=torch.int64), prefix_length_S=prefix_length_S

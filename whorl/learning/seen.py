@@ -51,6 +51,9 @@ class Seen:
             for name, value in self.sums.items()
         }
         metrics["trained_tokens"] = float(num_trained)
+        if "experts_differ" in metrics:
+            num_recorded = metrics.pop("experts_recorded")
+            metrics["experts_differ_frac"] = metrics.pop("experts_differ") / max(num_recorded, 1.0)
         if self.largest_ratio:
             metrics["ratio_max"] = float(torch.stack(self.largest_ratio).max())
         if self.compared:

@@ -56,12 +56,21 @@ class Experts(nn.Module):
         self.gate_up_lora: Adapter | None = None
         self.down_lora: Adapter | None = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, replay_Nk: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """With `replay_Nk` a token goes to those experts, with the weights that the router gives them now.
+
+        g_i = I_i exp(s_i) / sum_j I_j exp(s_j), I the choice of the past and s the present logits, so the
+        router keeps its gradient (rollout routing replay, arXiv:2510.11370). -1: no choice was recorded, and
+        the router chooses.
+        """
         N, k = len(x), self.k
         # The router runs in fp32 throughout: bf16 logits flip close calls between sampler and learner.
         wide = torch.promote_types(x.dtype, torch.float32)
         probs_NE = linear_in(self.gate, x, wide).softmax(dim=-1)
         top, chosen = probs_NE.topk(k, dim=-1)
+        if replay_Nk is not None:
+            chosen = torch.where(replay_Nk >= 0, replay_Nk.to(chosen.dtype), chosen)
+            top = probs_NE.gather(1, chosen)
         weight = (top / top.sum(dim=-1, keepdim=True) if self.renormalised else top).to(x.dtype)
         expert, order = chosen.flatten().sort(stable=True)
         ends = torch.bincount(expert, minlength=self.num_experts).cumsum(0).to(torch.int32)
@@ -90,6 +99,19 @@ def _grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         return torch.cat([F.linear(r, w) for r, w in zip(rows.split(sizes), weight, strict=True)])
     return F.grouped_mm(rows, weight.transpose(-1, -2), offs=ends)
+
+
+def num_rerouted(routing: list[Routing], recorded_NLk: Tensor, copies_N: Tensor) -> Tensor:
+    """Tokens (each counted `copies_N` times) whose router would now choose other experts in some layer.
+
+    The order of a token's experts says which got more weight; the set is what is computed. A token whose
+    choice was not recorded (-1) does not count.
+    """
+    differs_N = torch.zeros_like(copies_N, dtype=torch.bool)
+    for layer, recorded_Nk in zip(routing, recorded_NLk.unbind(dim=1), strict=True):
+        live_Nk = layer.probs_NE.topk(recorded_Nk.shape[1], dim=-1).indices
+        differs_N |= (live_Nk.sort(dim=-1).values != recorded_Nk.sort(dim=-1).values).any(dim=-1)
+    return (copies_N * (differs_N & (recorded_NLk[:, 0, 0] >= 0))).sum()
 
 
 def load_balance_loss(routing: list[Routing], share_LE: Tensor, weight_N: Tensor) -> Tensor:

@@ -45,12 +45,16 @@ class Block(nn.Module):
         self.attention_factors = config.residual_factors(kind)
         self.feed_forward_factors = config.residual_factors("feed_forward")
 
-    def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x: Tensor, step: Step, replay_Nk: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
         normed = self.input_layernorm(x)
         attended = self.self_attn(normed, step)
         x = _joined(normed, attended, *self.attention_factors) if self.post else x + attended
         normed = self.post_attention_layernorm(x)
-        fed, routing = self.feed_forward(normed)
+        fed, routing = (
+            self.feed_forward(normed) if replay_Nk is None else self.feed_forward(normed, replay_Nk)
+        )
         return (_joined(normed, fed, *self.feed_forward_factors) if self.post else x + fed), routing
 
 
@@ -97,15 +101,24 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def forward(
-        self, tokens_N: Tensor, layout: Layout | Fork, state: State | None = None, slots: Tensor | None = None
+        self,
+        tokens_N: Tensor,
+        layout: Layout | Fork,
+        state: State | None = None,
+        slots: Tensor | None = None,
+        *,
+        replay_NLk: Tensor | None = None,
     ) -> Hidden:
         """Hidden states of packed tokens. With a `Fork`, of the tokens of its rows: pass `tokens[source_U]`.
 
         With `state` and `slots`, sequence s of the layout continues the sequence in slot `slots[s]`: its
         tokens see all that the slot holds, and the slot is extended by them (no gradient).
+
+        `replay_NLk` (training only) holds experts for every token and layer with experts, -1 where the router
+        is to choose.
         """
         if state is None:
-            return self._run(tokens_N, Step(layout, self._rotation(layout.position_N)))
+            return self._run(tokens_N, Step(layout, self._rotation(layout.position_N)), replay_NLk)
         assert slots is not None, "a forward pass with a state needs the slots of its sequences"
         assert isinstance(layout, Layout), (
             "sequences that continue a state have rows of their own, not a Fork"
@@ -136,14 +149,17 @@ class Transformer(nn.Module):
     def _rotation(self, position_N: Tensor) -> tuple[Tensor, Tensor]:
         return rotation(self.config, position_N, self.embed_tokens.weight.dtype)
 
-    def _run(self, tokens_N: Tensor, step: Step) -> Hidden:
+    def _run(self, tokens_N: Tensor, step: Step, replay_NLk: Tensor | None = None) -> Hidden:
         x = self.embed_tokens(tokens_N)
         routings: list[Routing] = []
         for block in self.layers:
+            replay_Nk = None
+            if replay_NLk is not None and isinstance(block.feed_forward, Experts):
+                replay_Nk = replay_NLk[:, len(routings)]
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, routing = checkpoint(block, x, step, use_reentrant=False)
+                x, routing = checkpoint(block, x, step, replay_Nk, use_reentrant=False)
             else:
-                x, routing = block(x, step)
+                x, routing = block(x, step, replay_Nk)
             if routing is not None:
                 routings.append(routing)
         return Hidden(self.norm(x), routings)

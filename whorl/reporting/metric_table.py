@@ -227,6 +227,10 @@ METRICS: tuple[Metric, ...] = (
          "0: an expert is dead", 0.05, 1),
         ("expert_load_max/<layer>", "1", "`expert_load_max` of one layer", "as `expert_load_max`", 1, 4),
         ("expert_load_min/<layer>", "1", "`expert_load_min` of one layer", "as `expert_load_min`", 0.05, 1),
+        ("experts_differ_frac", "fraction",
+         "share of the tokens that the sampler read for which the learner's router, with the same weights, chooses "
+         "other experts in some layer",
+         "0 in fp32; in bf16 a few per cent, each a token computed by another network: replay_experts", 0, 0.01),
         ("router_entropy_nats", "nats",
          "mean over tokens and layers of the entropy of the router's probabilities",
          "log E is undecided, 0 is one-hot", 0),

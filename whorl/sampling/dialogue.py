@@ -46,6 +46,7 @@ class Mark:
 
     num_tokens: int
     num_turns: int
+    num_routed: int
     heard: tuple[Message, ...]
     unread: tuple[int, ...]
     snapshot: Snapshot | None
@@ -84,6 +85,7 @@ class Dialogue:
         self._version: list[int] = []
         self._transcript: list[Turn] = []
         self._heard: tuple[Message, ...] = ()  # messages that were read and have no tokens yet
+        self._experts: np.ndarray | None = None  # of the tokens from the first on, as far as they were read
         self._unread: tuple[int, ...] = ()  # tokens the model has not consumed yet
         self._snapshot: Snapshot | None = None
         self._stop: str | None = None
@@ -128,6 +130,8 @@ class Dialogue:
         except Exception as error:
             self.sampler_error = error
             raise
+        if completion.experts is not None:
+            self._note_experts(completion.experts, first=len(self._tokens) - len(self._unread))
         start = len(self._tokens)
         self._tokens += completion.tokens.tolist()
         self._policy += [True] * len(completion.tokens)
@@ -148,7 +152,13 @@ class Dialogue:
     def mark(self) -> Mark:
         """A point to come back to (the state is kept only with `keep_state`; otherwise it is recomputed)."""
         return Mark(
-            len(self._tokens), len(self._transcript), self._heard, self._unread, self._snapshot, self._stop
+            len(self._tokens),
+            len(self._transcript),
+            0 if self._experts is None else len(self._experts),
+            self._heard,
+            self._unread,
+            self._snapshot,
+            self._stop,
         )
 
     def rewind(self, mark: Mark) -> None:
@@ -158,6 +168,8 @@ class Dialogue:
         ):  # fmt: skip
             del column[mark.num_tokens :]
         del self._transcript[mark.num_turns :]
+        if self._experts is not None:
+            self._experts = self._experts[: mark.num_routed]
         self._heard, self._unread = mark.heard, mark.unread
         self._snapshot, self._stop = mark.snapshot, mark.stop
 
@@ -176,6 +188,7 @@ class Dialogue:
             logp_T=np.array(self._logp, dtype=np.float32),
             raw_logp_T=np.array(self._raw_logp, dtype=np.float32),
             version_T=np.array(self._version, dtype=np.int32),
+            experts_T=self._experts_of_all(),
             transcript=tuple(self._transcript),
             stop=stop or self._stop or "environment",
             error=error,
@@ -201,6 +214,19 @@ class Dialogue:
             self._append(ids, role)
             self._transcript.append(Turn(message.role, message.text, False, start, len(self._tokens)))
         self._heard = ()
+
+    def _note_experts(self, experts: np.ndarray, first: int) -> None:
+        """Experts of the tokens from `first` on. Where tokens were read again, the first reading counts: it is
+        the one under which the log-probs after them were told."""
+        known = experts[:0] if self._experts is None else self._experts
+        self._experts = np.concatenate([known, experts[len(known) - first :]])
+
+    def _experts_of_all(self) -> np.ndarray | None:
+        """With -1 for the tokens at the end that nobody has read."""
+        if self._experts is None:
+            return None
+        missing = len(self._tokens) - len(self._experts)
+        return np.pad(self._experts, ((0, missing), (0, 0), (0, 0)), constant_values=-1)
 
     def _append(self, ids: Sequence[int], role: str) -> None:
         """Tokens from outside the policy: never trained on, no log-prob."""

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from whorl.data import cu_seqlens_of
+from whorl.model.experts import Experts
 from whorl.model.layout import Layout
 from whorl.model.lora import policy_parameters
 from whorl.model.state import State
-from whorl.model.transformer import Transformer
+from whorl.model.transformer import Hidden, Transformer
 from whorl.sampling.draw import DrawSettings, NotFinite, draw
 from whorl.sampling.probe import Probe, probe_batch
 from whorl.sampling.request import Completion, Prefix, Request, Running, Waiting
@@ -46,7 +47,7 @@ class Engine:
     max_cached_tokens: what running sequences (padded to the longest) and prompts that were read may take
     together, in tokens; 0: no limit. One sequence may always run, however long.
     stop_tokens: ids that end a turn (they are part of what the policy wrote). decode_text: ids to text, needed
-    for stop strings only.
+    for stop strings only. record_experts: completions tell which experts every token went to.
     """
 
     def __init__(
@@ -58,16 +59,22 @@ class Engine:
         max_running: int = 64,
         prefill_chunk_tokens: int = 4096,
         max_cached_tokens: int = 0,
+        record_experts: bool = False,
     ):
         if max_running < 1 or prefill_chunk_tokens < 1:
             raise ValueError("max_running and prefill_chunk_tokens must be at least 1")
         if max_cached_tokens < 0:
             raise ValueError(f"max_cached_tokens must be 0 (no limit) or more; got {max_cached_tokens}")
+        num_experts = model.config.num_experts
+        if record_experts and not num_experts:
+            raise ValueError("record_experts needs a model with experts; these feed-forward layers are dense")
         self.model = model
         self.version = 0
         self.max_running = max_running
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.max_cached_tokens = max_cached_tokens
+        self.record_experts = record_experts
+        self._expert_dtype = torch.int8 if num_experts <= 128 else torch.int16
         self.decode_text = decode_text
         self._known_text: dict[int, bool] = {}
         self.stop_tokens = np.array(sorted(stop_tokens), dtype=np.int64)
@@ -77,7 +84,9 @@ class Engine:
         self._rows: list[Running] = []
         self._settings: DrawSettings | None = None
         self._driver: asyncio.Task | None = None
-        self._table = Table(max_running)
+        num_layers = sum(isinstance(block.feed_forward, Experts) for block in model.layers)
+        nothing = torch.zeros(num_layers if record_experts else 0, model.config.experts_per_token)
+        self._table = Table(max_running, nothing.to(self._expert_dtype).numpy())
         self._num_requests = 0
         self.num_prefilled_tokens = 0
         self.num_generated_tokens = 0
@@ -220,9 +229,13 @@ class Engine:
         layout = Layout(cu_seqlens_of([len(piece) for _, piece in pieces]).to(self.device))
         tokens_N = torch.tensor([t for _, piece in pieces for t in piece], device=self.device)
         slots = torch.arange(len(pieces), device=self.device)
-        hidden_ND = self.model(tokens_N, layout, state, slots).hidden_ND
-        logits_SV = self.model.logits(hidden_ND[layout.cu_seqlens[1:] - 1])
+        hidden = self.model(tokens_N, layout, state, slots)
+        logits_SV = self.model.logits(hidden.hidden_ND[layout.cu_seqlens[1:] - 1])
         self.num_prefilled_tokens += len(tokens_N)
+        if self.record_experts:
+            starts = np.cumsum([len(piece) for _, piece in pieces])[:-1]
+            for (prefix, _), experts in zip(pieces, np.split(self._chosen(hidden), starts), strict=True):
+                prefix.experts.append(experts)
         for slot, ((prefix, piece), logits_V) in enumerate(zip(pieces, logits_SV, strict=True)):
             prefix.num_read += len(piece)
             prefix.snapshot = state.snapshot(slot)
@@ -248,9 +261,27 @@ class Engine:
                 running = self._waiting.take(prefix)
                 self._rows.append(running)
                 self._table.admit(slot, running.request, running.written, self.max_context)
+                if self.record_experts:
+                    self._note_experts(slot, running, prefix)
         if logits:
             self._settings = None
             self._draw(torch.stack(logits), first)
+
+    def _note_experts(self, slot: int, running: Running, prefix: Prefix) -> None:
+        """What was read before the sequence runs: the request's tokens, or again all that it had written.
+
+        Then only the last token is new; the others' log-probs were told under their first experts.
+        """
+        experts = np.concatenate(prefix.experts)
+        if running.written is None:
+            running.experts = experts
+        else:
+            self._table.record_experts(np.array([slot]), experts[-1:])
+
+    def _chosen(self, hidden: Hidden) -> np.ndarray:
+        """Experts `[N, L, k]` of the tokens of a forward pass."""
+        chosen_NLk = torch.stack([layer.chosen for layer in hidden.routing], dim=1)
+        return chosen_NLk.to(self._expert_dtype).cpu().numpy()
 
     def _num_admitted(self, prefix: Prefix) -> int:
         """How many of those that wait for a prefix can run now."""
@@ -313,8 +344,10 @@ class Engine:
         num_rows = len(self._rows)
         self._make_room(num_rows, 0)
         tokens_S = torch.from_numpy(self._table.last[:num_rows]).to(self.device)
-        hidden_SD = self.model.decode(tokens_S, self._state).hidden_ND
-        self._draw(self.model.logits(hidden_SD), 0)
+        hidden = self.model.decode(tokens_S, self._state)
+        if self.record_experts:
+            self._table.record_experts(np.arange(num_rows), self._chosen(hidden))
+        self._draw(self.model.logits(hidden.hidden_ND), 0)
 
     def _draw(self, logits_SV: Tensor, first: int) -> None:
         """Draw a token for the rows from `first` on, record it, and retire the rows that are done."""
@@ -382,8 +415,11 @@ class Engine:
             unread = (int(written.tokens[-1]),)
         self._remove(row)
         version = np.full(len(written.tokens), self.version, dtype=np.int32)
+        experts = None if running.experts is None else np.concatenate([running.experts, written.experts])
         running.done(
-            Completion(written.tokens, written.logp, written.raw_logp, version, reason, snapshot, unread)
+            Completion(
+                written.tokens, written.logp, written.raw_logp, version, reason, snapshot, unread, experts
+            )
         )
 
     def _remove(self, row: int) -> None:

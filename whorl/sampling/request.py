@@ -33,7 +33,11 @@ class Request:
 
 @dataclass
 class Completion:
-    """What was written. `unread` are the tokens (at the end) that `snapshot` has not consumed yet."""
+    """What was written. `unread` are the tokens (at the end) that `snapshot` has not consumed yet.
+
+    `experts [R, L, k]`, if the engine records them: those that the R tokens which were read went to, layer by
+    layer: the request's tokens, then the written ones but the last, which nobody has read yet.
+    """
 
     tokens: np.ndarray
     logp: np.ndarray
@@ -42,15 +46,18 @@ class Completion:
     stop: str
     snapshot: Snapshot | None = None
     unread: tuple[int, ...] = ()
+    experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Written:
-    """The part of a turn that a preempted sequence has written. `run` counts repetitions at its end."""
+    """The part of a turn that a sequence has written so far. `run` counts repetitions at its end; `experts` are
+    those of its tokens but the last."""
 
     tokens: np.ndarray
     logp: np.ndarray
     raw_logp: np.ndarray
+    experts: np.ndarray
     run: int
 
 
@@ -60,6 +67,8 @@ class Running:
     def __init__(self, request: Request, number: int, done: Callable[[Completion], None]):
         self.request, self.number, self.done = request, number, done
         self.written: Written | None = None
+        self.experts: np.ndarray | None = None
+        """Those of the request's own tokens, if they are recorded."""
 
     @property
     def unread(self) -> tuple[int, ...]:
@@ -85,6 +94,7 @@ class Prefix:
         """Go back to the parent: everything has to be read again."""
         self.num_read = 0
         self.snapshot = self.parent
+        self.experts: list[np.ndarray] = []
         self.logits_V: Tensor | None = None
 
     @property

@@ -11,10 +11,12 @@ UNIFORM_CHUNK = 64  # random numbers made at a time for one sequence
 class Table:
     """Per-slot bookkeeping of running turns as arrays, so that a step costs no Python per token."""
 
-    def __init__(self, num_slots: int):
+    def __init__(self, num_slots: int, experts: np.ndarray):
+        """`experts [L, k]` is like the choice of one token; with 0 layers nothing is recorded."""
         self.tokens = np.zeros((num_slots, 64), dtype=np.int64)
         self.logp = np.zeros((num_slots, 64), dtype=np.float32)
         self.raw_logp = np.zeros((num_slots, 64), dtype=np.float32)
+        self.experts = np.zeros((num_slots, 64, *experts.shape), dtype=experts.dtype)
         self.random = np.zeros((num_slots, UNIFORM_CHUNK))
         self.key = np.zeros(num_slots, dtype=np.uint64)
         self.start, self.count, self.limit, self.room, self.run, self.run_limit, self.last = (
@@ -37,6 +39,7 @@ class Table:
             self.count[slot], self.run[slot] = count, written.run
             self.tokens[slot, :count], self.logp[slot, :count] = written.tokens, written.logp
             self.raw_logp[slot, :count] = written.raw_logp
+            self.experts[slot, : count - 1] = written.experts
             self._refill(slot)
 
     def move(self, source: int, target: int) -> None:
@@ -60,6 +63,10 @@ class Table:
         self.last[rows] = tokens
         self.run[rows] = np.where(raw > self.run_logp[rows], self.run[rows] + 1, 0)
         self.count[rows] += 1
+
+    def record_experts(self, rows: np.ndarray, experts: np.ndarray) -> None:
+        """Where the newest token of each row went when it was read, `[rows, L, k]`."""
+        self.experts[rows, self.count[rows] - 1] = experts
 
     def reasons(self, first: int, last: int, is_stop: np.ndarray) -> dict[int, str]:
         """Rows whose turn is over, with the reason that comes first."""
@@ -89,8 +96,13 @@ class Table:
     def written(self, row: int) -> Written:
         """A copy of what the row has written so far."""
         end = int(self.count[row])
-        columns = (column[row, :end].copy() for column in (self.tokens, self.logp, self.raw_logp))
-        return Written(*columns, run=int(self.run[row]))
+        return Written(
+            self.tokens[row, :end].copy(),
+            self.logp[row, :end].copy(),
+            self.raw_logp[row, :end].copy(),
+            self.experts[row, : end - 1].copy(),
+            int(self.run[row]),
+        )
 
     def _refill(self, row: int) -> None:
         """The random numbers of the chunk of positions in which the row's next token stands."""
@@ -98,6 +110,6 @@ class Table:
         self.random[row] = uniforms(int(self.key[row]), int(self.start[row] + begin), UNIFORM_CHUNK)
 
     def _widen(self) -> None:
-        for name in ("tokens", "logp", "raw_logp"):
+        for name in ("tokens", "logp", "raw_logp", "experts"):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.zeros_like(old)], axis=1))
