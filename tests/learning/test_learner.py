@@ -20,7 +20,7 @@ from whorl.algorithms.catalog import CISPO, PPO, REINFORCE
 from whorl.algorithms.critic import minus_value_error
 from whorl.algorithms.penalties import entropy_bonus
 from whorl.data import Batch
-from whorl.learning import learner as learner_module
+from whorl.kernels import logprob
 from whorl.learning.learner import sampler_gap
 from whorl.learning.optimizer import OptimizerSettings
 from whorl.model.layout import Layout
@@ -278,8 +278,7 @@ def test_scoring_the_head_in_pieces_changes_no_gradient(monkeypatch):
     whole, pieces = tiny_learner(), tiny_learner()
     wanted = whole.logprobs(batch)
     metrics = whole.forward_backward(batch, CISPO.terms)
-    monkeypatch.setattr(learner_module, "HEAD_ELEMENTS", 7 * 13)
-    assert len(pieces._pieces(torch.zeros(30, 16), torch.zeros(30, dtype=torch.int64))) == 5
+    monkeypatch.setattr(logprob, "MAX_LOGITS", 7 * 13)
     assert (pieces.logprobs(batch) - wanted).abs().max() < 1e-14
     assert pieces.forward_backward(batch, CISPO.terms)["loss"] == pytest.approx(metrics["loss"], rel=1e-13)
     assert relative(gradient_of(pieces), gradient_of(whole)) < 1e-13
@@ -387,8 +386,8 @@ def test_the_head_is_asked_for_trained_tokens_only():
     batch = assemble(scripted_groups(REWARDS), CISPO)
     learner = tiny_learner()
     rows = []
-    logits = learner.model.logits
-    learner.model.logits = lambda hidden: rows.append(len(hidden)) or logits(hidden)
+    products = learner.model.head_products
+    learner.model.head_products = lambda hidden: rows.append(len(hidden)) or products(hidden)
     learner.forward_backward(batch, CISPO.terms)
     assert rows == [int(batch["trained_N"].sum())]
     assert rows[0] < batch.num_tokens

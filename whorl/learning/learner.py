@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from whorl.algorithms.algorithm import LIVE, Term
 from whorl.algorithms.objectives import MAX_LOG_RATIO
 from whorl.data import Batch, Metrics, apply, columns_read_by
+from whorl.kernels.logprob import token_logprobs
 from whorl.learning.checkpoint import check_tensors
 from whorl.learning.optimizer import Optimizer, OptimizerSettings
 from whorl.learning.packing import layout_of, micro_batches, with_prefixes
@@ -35,11 +35,6 @@ from whorl.model.experts import Routing, load_balance_loss
 from whorl.model.layout import Fork, Layout
 from whorl.model.lora import policy_parameters
 from whorl.model.transformer import Hidden, Transformer
-
-HEAD_ELEMENTS = 2**26
-"""Most logits alive at once (256 MiB in fp32). More tokens are scored in pieces, whose logits are computed
-again in the backward pass: with a vocabulary of 100,000 they would outgrow all activations together."""
-
 
 Result = TypeVar("Result")
 
@@ -344,8 +339,8 @@ class Learner:
             return values_M.new_zeros(len(columns["read_N"])).index_copy(0, index_M, values_M)
 
         made = {}
-        logp_M, entropy_M = self._logp_and_entropy(
-            self.model, hidden_MD, columns["tokens_N"][index_M], "entropy_N" in live
+        logp_M, entropy_M = token_logprobs(
+            self.model.head_products(hidden_MD), columns["tokens_N"][index_M], self.temperature
         )
         made["logp_N"], made["entropy_N"] = spread(logp_M), spread(entropy_M)
         if "value_N" in live:
@@ -360,35 +355,7 @@ class Learner:
     def _logp(
         self, model: Transformer, hidden_MD: Tensor, target_M: Int[Tensor, " M"]
     ) -> Float[Tensor, " M"]:
-        pieces = [
-            _target(self._logp_of_all(model, hidden), target)
-            for hidden, target in self._pieces(hidden_MD, target_M)
-        ]
-        return torch.cat(pieces)
-
-    def _logp_and_entropy(
-        self, model: Transformer, hidden_MD: Tensor, target_M: Tensor, entropy_gradient: bool
-    ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
-        def score(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-            logp_MV = self._logp_of_all(model, hidden)
-            inner = logp_MV if entropy_gradient else logp_MV.detach()
-            return _target(logp_MV, target), -(inner.exp() * inner).sum(dim=-1)
-
-        pieces = self._pieces(hidden_MD, target_M)
-        if len(pieces) == 1:
-            return score(*pieces[0])
-        scores = [checkpoint(score, *piece, use_reentrant=False) for piece in pieces]
-        return torch.cat([logp for logp, _ in scores]), torch.cat([entropy for _, entropy in scores])
-
-    def _logp_of_all(self, model: Transformer, hidden_MD: Tensor) -> Tensor:
-        logits = model.logits(hidden_MD)
-        if self.temperature != 1.0:
-            logits = logits / self.temperature
-        return logits.log_softmax(dim=-1)
-
-    def _pieces(self, hidden_MD: Tensor, target_M: Tensor) -> list[tuple[Tensor, Tensor]]:
-        rows = max(HEAD_ELEMENTS // self.model.config.vocab_size, 1)
-        return list(zip(hidden_MD.split(rows), target_M.split(rows), strict=True))
+        return token_logprobs(model.head_products(hidden_MD), target_M, self.temperature)[0]
 
     def _router(
         self, routing: list[Routing], layout: Layout | Fork, chosen_LE: Tensor, num_tokens: int
@@ -448,10 +415,6 @@ def _sum_terms(columns: Mapping[str, Tensor], terms: Sequence[Term]) -> tuple[Te
             sums[f"mean:{name}"] = metric_N[trained_N].sum(dtype=torch.float64)
     sums["loss"] = loss.detach()
     return loss, sums
-
-
-def _target(logp_MV: Tensor, target_M: Tensor) -> Tensor:
-    return logp_MV.gather(1, target_M[:, None])[:, 0]
 
 
 def _check_first_tokens(batch: Batch, marked_N: Tensor, name: str) -> None:
