@@ -296,7 +296,7 @@ def _load_start(path: Path) -> tuple[Transformer, Tokenizer]:
         model = add_lora(checkpoint.load_model(path / BASE), lora, seed=0)
     else:
         model = Transformer(ModelConfig.from_dict(directory.config["model"]))
-    own = policy_parameters(model)
+    own = policy_parameters(model.to(next(iter(weights.values())).dtype))
     checkpoint.check_tensors(own, weights)
     with torch.no_grad():
         for name, parameter in own.items():
@@ -312,7 +312,7 @@ def _run(
 ) -> Run:
     model, tokenizer, algorithm = parts["model"], parts["tokenizer"], parts["algorithm"]
     model.checkpoint_activations = settings.checkpoint_activations
-    model.to("cuda" if on_cuda(settings) else "cpu")
+    model.to("cuda" if on_cuda(settings) else "cpu", getattr(torch, settings.dtype))
     if settings.lora.rank:
         add_lora(model, settings.lora, settings.seed)
     engine = Engine(

@@ -105,10 +105,12 @@ class Settings:
     """Steps between recorded rollouts (the first and the last step are always recorded)."""
     stop_after_steps_without_signal: int = 20
     """Give up when no group had differing rewards for so many steps in a row; 0: never."""
-    sampler_gap_limit_nats: float = 1e-3
-    """Stop if a token's log-prob differs by more between sampler and learner (bf16 needs about 1)."""
+    sampler_gap_limit_nats: float | None = None
+    """Stop if a token's log-prob differs by more between sampler and learner. None: 1e-3, in bfloat16 1."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where metrics go besides the run directory."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that compute. bfloat16: the optimizer keeps them, and adds up gradients, in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model lives; auto: on the GPU if there is one."""
     cores: int = 0
@@ -146,6 +148,13 @@ class Settings:
             "sampling.temperature must be above 0: there is nothing to learn from greedy rollouts",
         )
         self.resolve_algorithm().check_group_size(self.rollouts_per_problem)
+
+    @property
+    def sampler_gap_limit(self) -> float:
+        """The limit in nats, chosen by dtype where none is given."""
+        if self.sampler_gap_limit_nats is not None:
+            return self.sampler_gap_limit_nats
+        return 1e-3 if self.dtype == "float32" else 1.0
 
     def resolve_algorithm(self) -> Algorithm:
         """The catalogue row that `algorithm` names, with its settings."""

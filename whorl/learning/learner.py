@@ -280,7 +280,7 @@ class Learner:
             for name, tensor in kept.items():
                 tensor.copy_(found[name])
         self.version = state["version"]
-        self.optimizer.adamw.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self._chosen_LE.zero_()
         self._pending = False
 
@@ -380,11 +380,6 @@ class Learner:
         return loss, {"router_aux_loss": loss.detach(), "router_entropy_nats": torch.as_tensor(spread)}
 
     def _check(self, batch: Batch, terms: Sequence[Term]) -> None:
-        if self.model.embed_tokens.weight.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"the weights are {self.model.embed_tokens.weight.dtype}, in which small updates round to "
-                "nothing; train a float32 model"
-            )
         if not terms:
             raise ValueError("forward_backward needs at least one term")
         for name in ("trained_N", *(term.weight_column for term in terms)):
