@@ -32,6 +32,7 @@ from whorl.learning.optimizer import Optimizer, OptimizerSettings
 from whorl.learning.packing import layout_of, micro_batches, with_prefixes
 from whorl.learning.reference import Reference
 from whorl.model.experts import Routing, load_balance_loss
+from whorl.model.heads import ScalarHead
 from whorl.model.layout import Fork, Layout
 from whorl.model.lora import policy_parameters
 from whorl.model.transformer import Hidden, Transformer
@@ -89,13 +90,9 @@ class Learner:
         self._threads: ThreadPoolExecutor | None = None
         weight = model.embed_tokens.weight
         self.device, self.dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
-        self.value_head: nn.Linear | None = None
+        self.value_head: ScalarHead | None = None
         if value_head:
-            # Zero weights: an untrained critic says 0 everywhere, and that the same in every run.
-            head = nn.Linear(model.config.width, 1, device=self.device, dtype=self.dtype)
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-            self.value_head = head
+            self.value_head = ScalarHead(model.config.width, self.device, self.dtype)
         self.reference: Reference | None = None
         if reference:
             self.set_reference()
@@ -350,7 +347,7 @@ class Learner:
     def _value(self, hidden_MD: Tensor) -> Float[Tensor, " M"]:
         if self.value_head is None:
             raise ValueError("this learner has no critic; build it with value_head=True")
-        return self.value_head(hidden_MD.to(self.dtype))[:, 0]
+        return self.value_head(hidden_MD)
 
     def _logp(
         self, model: Transformer, hidden_MD: Tensor, target_M: Int[Tensor, " M"]
