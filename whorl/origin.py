@@ -123,7 +123,7 @@ def _from_run(folder: Path) -> Origin:
         model = add_lora(checkpoint.load_model(directory.path / BASE), lora, seed=0)
     else:
         model = Transformer(_config_of(directory))
-    own = policy_parameters(model)
+    own = policy_parameters(model.to(next(iter(weights.values())).dtype))
     checkpoint.check_tensors(own, weights)
     with torch.no_grad():
         for name, parameter in own.items():

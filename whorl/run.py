@@ -158,7 +158,7 @@ class Run:
         gap = probe_gap(
             self.engine.probe(self.learner.temperature),
             Probe(self.learner.version, logp_N[1:].numpy()),
-            limit_nats=self.settings.probe_gap_limit_nats,
+            limit_nats=self.settings.probe_gap_limit,
             teller="the sampler",
         )
         return {"probe_gap_nats": max(gap, self.player.probe_gap_nats)}
@@ -361,7 +361,7 @@ def _run(
 ) -> Run:
     model, tokenizer, algorithm = parts["model"], parts["tokenizer"], parts["algorithm"]
     model.checkpoint_activations = settings.checkpoint_activations
-    model.to("cuda" if on_cuda(settings) else "cpu")
+    model.to("cuda" if on_cuda(settings) else "cpu", getattr(torch, settings.dtype))
     if settings.lora.rank:
         add_lora(model, settings.lora, settings.seed)
     engine = Engine(
@@ -398,7 +398,7 @@ def _run(
             settings.seed,
             settings.rollout_timeout_seconds,
             cores=num_cores(settings),
-            probe_gap_limit_nats=settings.probe_gap_limit_nats,
+            probe_gap_limit_nats=settings.probe_gap_limit,
         ),
         progress=progress or Silent(),
     )

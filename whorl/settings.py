@@ -126,13 +126,15 @@ class Settings:
     replay_experts: bool = False
     """Train each token on the experts that the sampler chose, with weights from the router as it is now (rollout
     routing replay, arXiv:2510.11370). Implies record_experts."""
-    sampler_gap_limit_nats: float = 1e-3
-    """Stop if a token's log-prob differs by more between sampler and learner (bf16 needs about 1)."""
-    probe_gap_limit_nats: float = 1e-5
+    sampler_gap_limit_nats: float | None = None
+    """Stop if a token's log-prob differs by more between sampler and learner. None: 1e-3, in bfloat16 1."""
+    probe_gap_limit_nats: float | None = None
     """Stop if the log-probs of a fixed sequence differ by more between the learner and what was loaded into a
-    sampler: its weights are old then (1e-5 is rounding in fp32; a bf16 sampler needs about 0.1)."""
+    sampler: its weights are old then. None: 1e-5, which is rounding in fp32, and in bfloat16 0.1."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where metrics go besides the run directory."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that compute. bfloat16: the optimizer keeps them, and adds up gradients, in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model lives; auto: on the GPU if there is one."""
     cores: int = 0
@@ -187,6 +189,20 @@ class Settings:
             "sampling.temperature must be above 0: there is nothing to learn from greedy rollouts",
         )
         self.resolve_algorithm().check_group_size(self.rollouts_per_problem)
+
+    @property
+    def sampler_gap_limit(self) -> float:
+        """The limit in nats, chosen by dtype where none is given."""
+        if self.sampler_gap_limit_nats is not None:
+            return self.sampler_gap_limit_nats
+        return 1e-3 if self.dtype == "float32" else 1.0
+
+    @property
+    def probe_gap_limit(self) -> float:
+        """The limit in nats, chosen by dtype where none is given."""
+        if self.probe_gap_limit_nats is not None:
+            return self.probe_gap_limit_nats
+        return 1e-5 if self.dtype == "float32" else 0.1
 
     def resolve_algorithm(self) -> Algorithm:
         """The catalogue row that `algorithm` names, with its settings."""

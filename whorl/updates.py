@@ -63,10 +63,10 @@ def learn(run: Run, batch: Batch) -> Metrics:
         for index, part in enumerate(parts):
             first = index == 0
             row = run.learner.forward_backward(part, terms, compare_sampler=first)
-            if first and row["sampler_gap_max_nats"] > run.settings.sampler_gap_limit_nats:
+            if first and row["sampler_gap_max_nats"] > run.settings.sampler_gap_limit:
                 raise Stop(
                     f"sampler and learner disagree by {row['sampler_gap_max_nats']:.2g} nats on a token of step "
-                    f"{run.step + 1}; the limit is {run.settings.sampler_gap_limit_nats:g} "
+                    f"{run.step + 1}; the limit is {run.settings.sampler_gap_limit:g} "
                     "(sampler_gap_limit_nats). Weights that were not delivered look like this"
                 )
             rows.append(row | run.learner.optim_step())

@@ -20,7 +20,7 @@ from whorl.algorithms.catalog import CISPO, PPO, REINFORCE
 from whorl.algorithms.critic import minus_value_error
 from whorl.algorithms.penalties import entropy_bonus
 from whorl.data import Batch
-from whorl.learning import head
+from whorl.kernels import logprob
 from whorl.learning.optimizer import OptimizerSettings
 from whorl.learning.seen import sampler_gap
 from whorl.model.layout import Layout
@@ -59,9 +59,6 @@ def test_logprobs_of_a_float32_model_are_within_1e_5_nats_of_float64():
 def test_logprobs_of_a_bfloat16_model_come_from_a_float32_head():
     learner = tiny_learner(dtype=torch.bfloat16)
     assert learner.logprobs(random_batch()).dtype == torch.float32
-    batch = random_batch().with_columns(weight_entropy_bonus_N=torch.ones(random_batch().num_tokens))
-    with pytest.raises(ValueError, match="in which small updates round to nothing; train a float32 model"):
-        learner.forward_backward(batch, [Term(entropy_bonus, token_mean)])
 
 
 def test_reading_the_wrong_position_or_temperature_would_be_noticed():
@@ -278,8 +275,7 @@ def test_scoring_the_head_in_pieces_changes_no_gradient(monkeypatch):
     whole, pieces = tiny_learner(), tiny_learner()
     wanted = whole.logprobs(batch)
     metrics = whole.forward_backward(batch, CISPO.terms)
-    monkeypatch.setattr(head, "HEAD_ELEMENTS", 7 * 13)
-    assert len(head.pieces(pieces.model, torch.zeros(30, 16), torch.zeros(30, dtype=torch.int64))) == 5
+    monkeypatch.setattr(logprob, "MAX_LOGITS", 7 * 13)
     assert (pieces.logprobs(batch) - wanted).abs().max() < 1e-14
     assert pieces.forward_backward(batch, CISPO.terms)["loss"] == pytest.approx(metrics["loss"], rel=1e-13)
     assert relative(gradient_of(pieces), gradient_of(whole)) < 1e-13
@@ -387,8 +383,8 @@ def test_the_head_is_asked_for_trained_tokens_only():
     batch = assemble(scripted_groups(REWARDS), CISPO)
     learner = tiny_learner()
     rows = []
-    logits = learner.model.logits
-    learner.model.logits = lambda hidden: rows.append(len(hidden)) or logits(hidden)
+    products = learner.model.head_products
+    learner.model.head_products = lambda hidden: rows.append(len(hidden)) or products(hidden)
     learner.forward_backward(batch, CISPO.terms)
     assert rows == [int(batch["trained_N"].sum())]
     assert rows[0] < batch.num_tokens

@@ -97,7 +97,7 @@ def gradients(
     finally:
         handle.remove()
     found = {name: p.grad.clone() for name, p in parameters(learner) if p.grad is not None}
-    learner.optimizer.adamw.zero_grad()
+    learner.optimizer.zero_grad()
     return found, count
 
 

@@ -15,16 +15,16 @@ def check_sampler_of_run(run: Run, *, num_problems: int = 8, num_samples: int = 
     """Play held-out problems as in training, and compare what the sampler said with what the learner computes.
 
     Besides the log-probabilities: the weights the sampler played with are the learner's newest, and both send
-    tokens to the same experts. The limit is `LIMIT_NATS` on a CPU; on another device the gap at which the run
-    itself would stop (`sampler_gap_limit_nats`).
+    tokens to the same experts. The limit is `LIMIT_NATS` in float32 on a CPU; else the gap at which the run itself
+    would stop (`sampler_gap_limit_nats`).
     """
     problems = run.held_out("test", num_problems)
     groups, _ = run.player.play(problems, num_samples, run.settings.sampling, ("check sampler",))
     rollouts = [r for group in groups for r in group.rollouts if r.num_response_tokens]
     if not rollouts:
         raise ValueError("the policy wrote nothing on these problems, so there is nothing to compare")
-    on_cpu = run.learner.device.type == "cpu"
-    limit_nats = LIMIT_NATS if on_cpu else run.settings.sampler_gap_limit_nats
+    exact = run.learner.device.type == "cpu" and run.settings.dtype == "float32"
+    limit_nats = LIMIT_NATS if exact else run.settings.sampler_gap_limit
     rows = [gap_row("sampler = learner, on the run's own prompts", {"run": _gap(run, rollouts)}, limit_nats)]
     versions = {int(v) for rollout in rollouts for v in rollout.version_T[rollout.policy_T]}
     rows.append(

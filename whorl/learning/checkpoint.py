@@ -26,9 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from whorl.model.config import ModelConfig
+from whorl.model.heads import ScalarHead
 from whorl.model.transformer import Transformer
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+HEAD = "scalar_head.safetensors"
 STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -150,8 +152,12 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
             )
 
 
-def save_model(path: Path, model: Transformer, tokenizer_json: str | None = None) -> None:
+def save_model(
+    path: Path, model: Transformer, tokenizer_json: str | None = None, head: ScalarHead | None = None
+) -> None:
     """Write `config.json`, `model.safetensors` and, if given, `tokenizer.json` as the folder `path`.
+
+    A head goes into a file of its own, `scalar_head.safetensors`: without it the folder is a plain model.
 
     A folder that is already there is replaced, provided that it holds a model; ValueError otherwise, and for a
     model with adapters (`whorl.model.peft_format` writes those, `whorl.model.lora.merge` and `strip` remove them).
@@ -164,6 +170,8 @@ def save_model(path: Path, model: Transformer, tokenizer_json: str | None = None
     def fill(folder: Path) -> None:
         _write_tensors(folder / "model.safetensors", dict(model.named_parameters()))
         (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
+        if head is not None:
+            _write_tensors(folder / HEAD, dict(head.named_parameters()))
         if tokenizer_json is not None:
             (folder / "tokenizer.json").write_text(tokenizer_json)
 
@@ -190,6 +198,18 @@ def load_model(path: Path) -> Transformer:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return model
+
+
+def load_head(path: Path) -> ScalarHead:
+    """The head that `save_model` wrote beside its model, in its dtype, on the CPU."""
+    if not (path / HEAD).is_file():
+        raise ValueError(f"{path} holds no scalar head: {HEAD} is expected there")
+    tensors = load_file(path / HEAD)
+    weight = tensors.get("weight", torch.empty(0, 0))
+    head = ScalarHead(weight.shape[-1], dtype=weight.dtype)
+    check_tensors(dict(head.named_parameters()), tensors)
+    head.load_state_dict(tensors)
+    return head
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -21,20 +21,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from whorl.algorithms.algorithm import LIVE, Term
 from whorl.algorithms.objectives import MAX_LOG_RATIO
 from whorl.data import Batch, Metrics, apply, columns_read_by
+from whorl.kernels.logprob import token_logprobs
 from whorl.learning.checkpoint import check_tensors
-from whorl.learning.head import logp_and_entropy, logp_of
 from whorl.learning.optimizer import Optimizer, OptimizerSettings
 from whorl.learning.packing import layout_of, micro_batches, with_prefixes
 from whorl.learning.ranks import add_gradients, from_every_rank
 from whorl.learning.reference import Reference
 from whorl.learning.seen import Seen, first_fault, weight_fault
 from whorl.model.experts import Routing, load_balance_loss, num_rerouted
+from whorl.model.heads import ScalarHead
 from whorl.model.layout import Fork, Layout
 from whorl.model.lora import policy_parameters
 from whorl.model.transformer import Hidden, Transformer
@@ -87,13 +88,9 @@ class Learner:
         self._threads: ThreadPoolExecutor | None = None
         weight = model.embed_tokens.weight
         self.device, self.dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
-        self.value_head: nn.Linear | None = None
+        self.value_head: ScalarHead | None = None
         if value_head:
-            # Zero weights: an untrained critic says 0 everywhere, and that the same in every run.
-            head = nn.Linear(model.config.width, 1, device=self.device, dtype=self.dtype)
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-            self.value_head = head
+            self.value_head = ScalarHead(model.config.width, self.device, self.dtype)
         self.reference: Reference | None = None
         if reference:
             self.set_reference()
@@ -296,7 +293,7 @@ class Learner:
             for name, tensor in kept.items():
                 tensor.copy_(found[name])
         self.version = state["version"]
-        self.optimizer.adamw.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self._chosen_LE.zero_()
         self._pending, self.fault = False, ""
 
@@ -361,10 +358,9 @@ class Learner:
             return values_M.new_zeros(len(columns["read_N"])).index_copy(0, index_M, values_M)
 
         made = {}
-        logp_M, entropy_M = logp_and_entropy(
-            self.model, hidden_MD, columns["tokens_N"][index_M], self.temperature,
-            entropy_gradient="entropy_N" in live,
-        )  # fmt: skip
+        logp_M, entropy_M = token_logprobs(
+            self.model.head_products(hidden_MD), columns["tokens_N"][index_M], self.temperature
+        )
         made["logp_N"], made["entropy_N"] = spread(logp_M), spread(entropy_M)
         if "value_N" in live:
             made["value_N"] = spread(self._value(hidden_MD))
@@ -373,10 +369,12 @@ class Learner:
     def _value(self, hidden_MD: Tensor) -> Float[Tensor, " M"]:
         if self.value_head is None:
             raise ValueError("this learner has no critic; build it with value_head=True")
-        return self.value_head(hidden_MD.to(self.dtype))[:, 0]
+        return self.value_head(hidden_MD)
 
-    def _logp(self, model: Transformer, hidden_MD: Tensor, target_M: Tensor) -> Tensor:
-        return logp_of(model, hidden_MD, target_M, self.temperature)
+    def _logp(
+        self, model: Transformer, hidden_MD: Tensor, target_M: Int[Tensor, " M"]
+    ) -> Float[Tensor, " M"]:
+        return token_logprobs(model.head_products(hidden_MD), target_M, self.temperature)[0]
 
     def _router(
         self, routing: list[Routing], layout: Layout | Fork, chosen_LE: Tensor, num_tokens: int
@@ -401,11 +399,6 @@ class Learner:
         return loss, {"router_aux_loss": loss.detach(), "router_entropy_nats": torch.as_tensor(spread)}
 
     def _check(self, batch: Batch, terms: Sequence[Term]) -> None:
-        if self.model.embed_tokens.weight.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"the weights are {self.model.embed_tokens.weight.dtype}, in which small updates round to "
-                "nothing; train a float32 model"
-            )
         if not terms:
             raise ValueError("forward_backward needs at least one term")
         for name in ("trained_N", *(term.weight_column for term in terms)):

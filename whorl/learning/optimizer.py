@@ -12,6 +12,7 @@ from whorl.data import Metrics
 from whorl.learning.seen import gradient_fault
 
 FUSED_DEVICES = ("cpu", "cuda")
+MASTER = "master"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ class Optimizer:
 
     theta -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta), arXiv:1711.05101 Algorithm 2. The
     fused kernel is used where there is one: it reads and writes each weight once.
+
+    A parameter in bf16 has a master in fp32 (arXiv:1710.03740 section 3.1), which takes the updates: in bf16 one
+    below 1/256 of the weight rounds to nothing. Its gradients are added up in fp32, and the parameter is the
+    master, rounded.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings):
@@ -98,10 +103,11 @@ class Optimizer:
         # torch numbers parameters through its groups in order; so do these lists.
         self.names = [*matrices, *vectors]
         self.parameters = [*matrices.values(), *vectors.values()]
+        self._updated = [_master_of(p) for p in self.parameters]
         self.adamw = torch.optim.AdamW(
             [
-                {"params": list(matrices.values()), "weight_decay": settings.weight_decay},
-                {"params": list(vectors.values()), "weight_decay": 0.0},
+                {"params": self._updated[: len(matrices)], "weight_decay": settings.weight_decay},
+                {"params": self._updated[len(matrices) :], "weight_decay": 0.0},
             ],
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
@@ -127,8 +133,15 @@ class Optimizer:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
         for group in self.adamw.param_groups:
             group["lr"] = rate
+        if self.step == 0:
+            self._copy_to_masters()  # a cold start may have trained the weights since this was made
+        for parameter, master in self._masters():
+            master.grad = parameter.grad
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.zero_grad()
+        with torch.no_grad():
+            for parameter, master in self._masters():
+                parameter.copy_(master)
         self.step += 1
         return {
             "grad_norm": grad_norm,
@@ -142,21 +155,27 @@ class Optimizer:
 
         `skipped_updates` is 1 and there is no `grad_norm` to report.
         """
-        self.adamw.zero_grad(set_to_none=True)
+        self.zero_grad()
         return {"learning_rate": self.settings.learning_rate_at(self.step), "skipped_updates": 1.0}
 
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for parameter, updated in zip(self.parameters, self._updated, strict=True):
+            parameter.grad = updated.grad = None
+
     def tensors(self) -> dict[str, Tensor]:
-        """The moments and step counts as `<parameter>/<moment>`: torch's own tensors, not copies."""
+        """Moments, step counts and masters as `<parameter>/<what>`: the live tensors, not copies."""
         state = self.adamw.state
-        return {
-            f"{name}/{key}": value
-            for name, parameter in zip(self.names, self.parameters, strict=True)
-            if parameter in state
-            for key, value in sorted(state[parameter].items())
-        }
+        found: dict[str, Tensor] = {}
+        for name, parameter, updated in zip(self.names, self.parameters, self._updated, strict=True):
+            if updated in state:
+                found |= {f"{name}/{key}": value for key, value in sorted(state[updated].items())}
+                found |= {} if updated is parameter else {f"{name}/{MASTER}": updated.detach()}
+        return found
 
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Continue from what `tensors()` gave after `step` updates."""
+        updated = dict(zip(self.names, self._updated, strict=True))
         state: dict[int, dict[str, Tensor]] = {}
         index = {name: number for number, name in enumerate(self.names)}
         for name, value in tensors.items():
@@ -168,7 +187,29 @@ class Optimizer:
                 raise ValueError(
                     f"optimizer state {name!r} has shape {tuple(value.shape)}; expected {expected}"
                 )
+            if moment == MASTER:
+                with torch.no_grad():
+                    updated[parameter].copy_(value)
+                continue
             state.setdefault(index[parameter], {})[moment] = value.clone()
         groups = self.adamw.state_dict()["param_groups"]
         self.adamw.load_state_dict({"state": state, "param_groups": groups})
         self.step = step
+
+    def _masters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Each parameter that has a master, and it."""
+        pairs = zip(self.parameters, self._updated, strict=True)
+        return [(parameter, updated) for parameter, updated in pairs if updated is not parameter]
+
+    @torch.no_grad()
+    def _copy_to_masters(self) -> None:
+        for parameter, master in self._masters():
+            master.copy_(parameter)
+
+
+def _master_of(parameter: nn.Parameter) -> nn.Parameter:
+    """What the optimizer updates for it: an fp32 copy of a parameter of lower precision, else the parameter."""
+    if parameter.dtype.itemsize >= 4:
+        return parameter
+    parameter.grad_dtype = torch.float32
+    return nn.Parameter(parameter.detach().float())
