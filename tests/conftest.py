@@ -11,4 +11,6 @@ import torch
 import tests.typecheck  # noqa: F401  (the hook below imports only `tests` and looks the rest up)
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before Triton is imported
 jaxtyping.install_import_hook("whorl", "tests.typecheck.check")

@@ -49,5 +49,5 @@ def rows(q, k, v, slope, start, grad_out, grad_final, lengths):
 def relative(found, expected) -> float:
     """max |found - expected| / max |expected|."""
     if isinstance(found, torch.Tensor):
-        found = found.detach().double().numpy()
+        found = found.detach().double().cpu().numpy()
     return float(np.abs(found - expected).max() / np.abs(expected).max())

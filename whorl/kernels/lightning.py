@@ -14,12 +14,16 @@ block (i = 0, 1, ...) sees the incoming state decayed i + 1 times; the key at of
 tokens reaches the outgoing state decayed m - 1 - i times. (Mixing this with the convention of a carry that
 is already decayed once is the off-by-one that shows only past the first block.)
 
+On a GPU the same functions are Triton kernels (`lightning_triton`, `decode_triton`), where `on_gpu` says so.
+
 Four entry points agree: `lightning` (dense or ragged rows, with or without an incoming state; its backward
 returns the gradient of the incoming state and takes the one of the outgoing state), packed rows through
 `whorl.model.layout.Layout`, chunked prefill by passing the state on, and `lightning_decode` (one token).
 """
 
+import functools
 import math
+import warnings
 
 import torch
 from jaxtyping import Float, Int
@@ -45,6 +49,24 @@ def slopes(num_heads: int, layer: int, num_layers: int) -> Float[Tensor, " H"]:
     values = series(power) + series(2 * power)[0::2][: num_heads - power]
     depth = 1.0 - layer / max(num_layers - 1, 1) + 1e-5
     return (torch.tensor(values, dtype=torch.float64) * depth).to(torch.float32)
+
+
+@functools.cache
+def _triton_is_there() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        warnings.warn(
+            "triton is not installed: lightning attention runs in plain PyTorch, slower", stacklevel=4
+        )
+        return False
+    return True
+
+
+def on_gpu(qkv: Tensor) -> bool:
+    """Whether the Triton kernels take heads `[N, H, 3K]`: on a GPU, in bf16 or fp32, K up to 256."""
+    dtypes = (torch.bfloat16, torch.float32)
+    return qkv.is_cuda and qkv.dtype in dtypes and qkv.shape[-1] <= 3 * 256 and _triton_is_there()
 
 
 def _decays(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whorl.kernels.lightning import lightning, lightning_decode, slopes
+from whorl.kernels.lightning import lightning, lightning_decode, on_gpu, slopes
 from whorl.model.config import ModelConfig
 from whorl.model.layout import Fork, Layout, within
 from whorl.model.rope import inverse_frequencies
@@ -75,7 +75,15 @@ class LightningAttention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         N, H, K = len(x), self.num_heads, self.head_dim
-        qkv = F.silu(self.qkv_proj(x)).view(N, H, 3 * K)
+        projected = self.qkv_proj(x).view(N, H, 3 * K)
+        if step.decode and on_gpu(projected):
+            from whorl.kernels.decode_triton import lightning_step
+
+            assert step.state is not None
+            states, gate = step.state.lightning[self.index][:N], self.output_gate(x)
+            slope_H, norm = self.slope_H(x.device), self.norm
+            return self.out_proj(lightning_step(projected, slope_H, states, norm.weight, gate, norm.eps))
+        qkv = F.silu(projected)
         if step.decode:
             assert step.state is not None
             q, k, v = qkv.split(K, dim=-1)
@@ -103,6 +111,11 @@ class LightningAttention(nn.Module):
         self, qkv: Tensor, layout: Layout, incoming: Tensor | None = None, *, want_state: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of packed rows `[N, H, 3K]` that continue `incoming`: `[N, H, K]`, and the states after."""
+        if on_gpu(qkv):
+            from whorl.kernels.lightning_triton import lightning_packed
+
+            slope_H = self.slope_H(qkv.device)
+            return lightning_packed(qkv, slope_H, layout.lengths, state=incoming, want_state=want_state)
         q, k, v = layout.pad(qkv).permute(0, 2, 1, 3).split(self.head_dim, dim=-1)
         rows, final = lightning(
             q.contiguous(), k.contiguous(), v.contiguous(), self.slope_H(qkv.device),

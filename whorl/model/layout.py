@@ -20,11 +20,12 @@ class Layout:
     def __init__(self, cu_seqlens: Tensor):
         self.cu_seqlens = cu_seqlens
         self.length_S = cu_seqlens.diff()
-        if len(self.length_S) == 0 or int(self.length_S.min()) < 1:
+        self.lengths: tuple[int, ...] = tuple(self.length_S.tolist())  # the one wait for a GPU
+        if not self.lengths or min(self.lengths) < 1:
             raise ValueError("a packed batch needs at least one sequence, each with at least one token")
-        self.num_sequences = len(self.length_S)
-        self.num_tokens = int(cu_seqlens[-1])
-        self.max_length = int(self.length_S.max())
+        self.num_sequences = len(self.lengths)
+        self.num_tokens = sum(self.lengths)
+        self.max_length = max(self.lengths)
         self.rectangular = self.num_sequences * self.max_length == self.num_tokens
         device = cu_seqlens.device
         sequence_N = torch.repeat_interleave(torch.arange(self.num_sequences, device=device), self.length_S)
