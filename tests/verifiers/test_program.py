@@ -1,20 +1,7 @@
-import os
-import time
-import warnings
-from pathlib import Path
-
 import pytest
 
-from whorl.verifiers import program as module
-from whorl.verifiers.program import (
-    Assertion,
-    Example,
-    Limits,
-    extract_code,
-    protections,
-    run_program,
-    verify_program,
-)
+from whorl.verifiers.program import Assertion, Example, extract_code, verify_program
+from whorl.verifiers.sandbox import Limits, run_program
 
 LIMITS = Limits(wall_seconds=60.0)
 DOUBLE = "print(2 * int(input()))"
@@ -44,79 +31,6 @@ def test_a_wrong_program_fails_and_the_reason_names_the_first_failing_test(
     score = verify_program(source, DOUBLES, LIMITS)
     assert (score.reward, score.parts["passed_frac"]) == (0.0, passed)
     assert why in score.why
-
-
-@pytest.mark.parametrize(
-    ("source", "limits", "ended"),
-    [
-        ("while True: pass", Limits(wall_seconds=60.0, cpu_seconds=1), "out of CPU time"),
-        ("import time; time.sleep(600)", Limits(wall_seconds=0.5), "timed out"),
-        ("import os; os.close(1); os.close(2)\nwhile True: pass", Limits(wall_seconds=0.5), "timed out"),
-        ("while True: print('x' * 1000)", LIMITS, "too much output"),
-        ("import sys\nwhile True: sys.stderr.write('x' * 1000)", LIMITS, "too much output"),
-        ("x = bytearray(1 << 30)", LIMITS, "exit 1"),
-        ("open('big', 'wb').write(bytes(9 << 20))", LIMITS, "exit 1"),
-        ("import os\nwhile True: os.fork()", LIMITS, "exit 1"),
-    ],
-)
-def test_every_resource_has_a_limit(source: str, limits: Limits, ended: str) -> None:
-    start = time.monotonic()
-    assert run_program(source, limits=limits).ended == ended
-    assert time.monotonic() - start < 60
-
-
-def test_nothing_is_left_of_a_program_that_is_killed() -> None:
-    run = run_program(
-        "import os, time\nprint(os.getpid(), os.getcwd(), flush=True)\ntime.sleep(600)", limits=Limits(2.0)
-    )
-    process_id, directory = run.stdout.split()
-    assert run.ended == "timed out"
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(process_id), 0)
-    assert not Path(directory).exists()
-
-
-def test_a_program_may_use_threads_and_its_own_directory() -> None:
-    source = (
-        "import threading, os\n"
-        "t = threading.Thread(target=lambda: open('note', 'w').write('hi'))\n"
-        "t.start(); t.join(); print(open('note').read(), sorted(os.listdir('.')))"
-    )
-    run = run_program(source, limits=LIMITS)
-    assert run.stdout == "hi ['note', 'program.py']\n", run
-
-
-def test_a_program_knows_nothing_of_our_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("A_SECRET_KEY", "swordfish")
-    run = run_program("import os, sys; print(dict(os.environ), sys.path)", limits=LIMITS)
-    assert run.succeeded
-    assert "swordfish" not in run.stdout
-    assert "site-packages" not in run.stdout
-
-
-def test_on_linux_everything_that_a_program_might_try_is_refused() -> None:
-    assert set(protections().values()) == {True}, protections()
-
-
-def test_the_probe_sees_what_is_allowed_when_nothing_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The negative control: without confinement the same probe finds the doors open, and a run warns."""
-    toothless = tmp_path / "confine.py"
-    toothless.write_text("import os, sys; os.execv(sys.argv[2], sys.argv[2:])")
-    # Only the launcher is replaced; the harness scripts are not used by an `Example`.
-    monkeypatch.setattr(module, "_HERE", tmp_path)
-    for function in (module.protections, module._warn_of_missing_protections):
-        function.cache_clear()
-    try:
-        found = protections()
-        assert not found["starting processes"]
-        assert not found["reading files outside"]
-        with pytest.warns(UserWarning, match="does not keep them from reading files outside"):
-            verify_program(DOUBLE, DOUBLES, LIMITS)
-    finally:
-        for function in (module.protections, module._warn_of_missing_protections):
-            function.cache_clear()
 
 
 def test_assertions_call_functions_classes_and_generators_of_the_program() -> None:
@@ -171,6 +85,9 @@ class Always:
         "import sys; sys.exit(0)",
         "def add(a, b): raise SystemExit(0)",
         "def add(a, b): raise AssertionError",
+        # What the snippet's side reports about this error used to be read as its verdict.
+        "def add(a, b): raise AssertionError('\\x1epassed\\x1f')",
+        'def add(a, b): raise AssertionError(\'\\x1e["passed", ""]\')',
         "import builtins; builtins.AssertionError = ValueError\ndef add(a, b): return 0",
         "class M:\n    def isclose(self, *a): return True\nmath = M()\ndef add(a, b): return 0",
         "def abs(x): return 0\ndef add(a, b): return 0",
@@ -222,9 +139,3 @@ def test_the_code_of_a_reply_is_its_last_fenced_block() -> None:
     reply = "Try:\n```python\nprint(1)\n```\nBetter:\n```\nprint(2)\n```\nUnfinished:\n```python\nprint(3)\n"
     assert extract_code(reply) == "print(2)\n"
     assert extract_code("print(1)") is None
-
-
-def test_no_warning_where_all_protections_hold() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        verify_program(DOUBLE, DOUBLES, LIMITS)

@@ -3,15 +3,17 @@
 Standard library only, and nothing of Whorl, so that a child is confined a few milliseconds after it starts.
 What it takes away, in this order, each step irrevocable and inherited over exec:
 
-    resource limits     CPU seconds, address space, size of a file, open files, no core dumps
-    privileges          `no_new_privs`; for root also every capability (the mount, reboot and kill rights)
+    resource limits     CPU seconds, address space, size of a file, open files, no core dumps; tasks on demand
+    privileges          `no_new_privs`; for root also every capability (the mount, reboot and kill rights), and
+                        on demand its user id
     files (Landlock)    only the named paths can be read or written, so no home, no /proc, no keys;
                         on recent kernels also no TCP and no signals to processes outside
     calls (seccomp)     no new process, no socket, no signal to another process, no ptrace, no mount, no
                         change of mode or owner, no shared memory that outlives the process (x86-64 only)
 
 None of it needs root, a container or a user namespace. On other systems than Linux only the resource limits
-hold; `whorl.verifiers.program.protections` tells what a child on this machine is really refused.
+hold; `whorl.verifiers.sandbox.protections` tells what a child on this machine is really refused. Programs get
+namespaces of their own around this, where bubblewrap works (`bubblewrap.py`).
 
 As a script, `python confine.py '{"cpu_seconds": 5, ...}' COMMAND...` confines itself and becomes COMMAND.
 """
@@ -27,6 +29,7 @@ import sys
 from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
+_CLONE_NEWUSER = 0x10000000
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same on every architecture
 
 # linux/landlock.h: bit 0 execute, 1 write file, 2 read file, 3 read directory, 4-12 remove and make,
@@ -75,11 +78,20 @@ def confine(
     readable: Sequence[str],
     writable: Sequence[str] = (),
     cpu_seconds: int | None = None,
+    num_tasks: int | None = None,
+    user: int | None = None,
 ) -> None:
-    """Confine the calling process, for good. What the system does not offer is skipped."""
+    """Confine the calling process, for good. What the system does not offer is skipped.
+
+    `num_tasks` limits processes and threads together. The kernel counts them per user and user namespace and
+    lets root have any number, so it is for a process in a namespace of its own, or that becomes `user`: a
+    number that nobody has. OSError if it may not become that user.
+    """
     limits = {"AS": memory_mib << 20, "FSIZE": file_mib << 20, "NOFILE": 128, "CORE": 0}
     if cpu_seconds is not None:
         limits["CPU"] = cpu_seconds
+    if num_tasks is not None:
+        limits["NPROC"] = num_tasks
     for name, limit in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
@@ -91,7 +103,12 @@ def confine(
         return
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if os.geteuid() == 0:
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+        libc.unshare(_CLONE_NEWUSER)  # in which no number but its own exists, and that one has no name
+    if user is not None or os.geteuid() == 0:
         _drop_capabilities(libc)
     _restrict_files(libc, readable, writable)
     _restrict_calls(libc)

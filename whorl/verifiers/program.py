@@ -1,8 +1,6 @@
 """Programs: run what a model wrote, against tests, where it can do no harm and cannot forge the verdict.
 
-**Harm.** Each run is a fresh Python in a private, temporary directory, with an empty environment, confined as
-`confine.py` describes, with a limit on every resource, and killed as a whole at its deadline. `protections`
-tries the forbidden things on this machine and tells which are refused.
+**Harm.** Each run is in a sandbox of its own (`sandbox.py`), killed as a whole when it is over.
 
 **Forgery.** A program is never told what is expected of it. `Example` compares its output, in our process,
 with the expected one. `Assertion` runs the test in a process of its own, which calls the program's functions by
@@ -10,43 +8,23 @@ messages and gets plain data back; so an `__eq__` that is always true, a patched
 printed "passed" gain nothing.
 
 A program that fails, hangs, or exceeds a limit earns 0: that is a verdict on it. None is for tests that are
-broken and for sandboxes that do not start. Programs have the standard library and nothing else. What is not
-limited: the number of files in the temporary directory, within the run's few seconds.
+broken and for sandboxes that do not start.
 """
 
-import contextlib
 import functools
 import json
 import os
 import re
-import selectors
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from whorl.data import Score
-from whorl.verifiers.pool import SYSTEM_PATHS, environment_of_children, python_paths
+from whorl.verifiers.program_talk import VERDICT
+from whorl.verifiers.sandbox import Limits, Sandbox, protections, run_program
 
 _HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one run of a program may use."""
-
-    wall_seconds: float = 10.0
-    cpu_seconds: int = 5
-    memory_mib: int = 512
-    file_mib: int = 8
-    """Size of one file it writes."""
-    output_kib: int = 256
-    """Of output and of error output; a program that writes more is killed."""
 
 
 @dataclass(frozen=True)
@@ -68,43 +46,31 @@ class Assertion:
     code: str
 
 
-@dataclass(frozen=True)
-class Run:
-    """How a run ended: `ended` is "exit 0", "exit 1", "signal 9", "timed out",
-    "out of CPU time" or "too much output"."""
-
-    stdout: str
-    stderr: str
-    ended: str
-
-    @property
-    def succeeded(self) -> bool:
-        return self.ended == "exit 0"
-
-
 def verify_program(source: str, tests: Sequence[Example | Assertion], limits: Limits | None = None) -> Score:
-    """1 if the program passes every test, else 0; part `passed_frac`. `why` names the first that failed."""
+    """1 if the program passes every test, else 0; part `passed_frac`. `why` names the first that failed.
+
+    A program that has to be stopped in one test is not tried in those after it: it would cost its limit each time.
+    """
     if not tests:
         raise ValueError("a program needs at least one test to be judged by; got none")
     _warn_of_missing_protections()
     limits = limits or Limits()
-    failures = []
+    num_passed, why = 0, ""
     for number, test in enumerate(tests, 1):
         check = _check_example if isinstance(test, Example) else _check_assertion
         try:
             failure = check(source, test, limits)
+        except _Stopped as stopped:
+            why = why or f"test {number}: {stopped}"
+            break
         except _BrokenTest as error:
             return Score(None, why=f"test {number} cannot judge: {error}")
         except OSError as error:  # out of processes, descriptors or disk: ours, not the program's
             return Score(None, why=f"no sandbox for test {number}: {error}")
-        if failure:
-            failures.append(f"test {number}: {failure}")
-    passed = len(tests) - len(failures)
-    return Score(
-        float(not failures),
-        {"passed_frac": passed / len(tests)},
-        failures[0] if failures else f"all {passed} tests passed",
-    )
+        num_passed += not failure
+        why = why or (failure and f"test {number}: {failure}")
+    parts = {"passed_frac": num_passed / len(tests)}
+    return Score(float(num_passed == len(tests)), parts, why or f"all {num_passed} tests passed")
 
 
 def extract_code(reply: str) -> str | None:
@@ -113,23 +79,22 @@ def extract_code(reply: str) -> str | None:
     return blocks[-1] if blocks else None
 
 
-def run_program(source: str, stdin: str = "", limits: Limits | None = None) -> Run:
-    """Run Python source in the sandbox and wait for its end."""
-    with _Sandbox(limits or Limits()) as sandbox:
-        sandbox.directory.joinpath("program.py").write_text(source, encoding="utf-8", errors="surrogatepass")
-        process = sandbox.start("program.py")
-        return _communicate(process, stdin.encode(errors="surrogatepass"), sandbox.limits)
-
-
 class _BrokenTest(Exception):
     """The test or the sandbox failed, not the program."""
+
+
+class _Stopped(Exception):
+    """The program was stopped at a limit, or by a signal."""
 
 
 def _check_example(source: str, test: Example | Assertion, limits: Limits) -> str:
     assert isinstance(test, Example)
     run = run_program(source, test.stdin, limits)
+    if not run.ended.startswith("exit"):
+        raise _Stopped(run.ended)
     if not run.succeeded:
-        return _how_it_failed(run)
+        last = run.stderr.strip().rpartition("\n")[2][:150]
+        return f"{run.ended}: {last}" if last else run.ended
     got, wanted = _lines(run.stdout), _lines(test.stdout)
     return "" if got == wanted else f"expected {_short(test.stdout)}, got {_short(run.stdout)}"
 
@@ -140,176 +105,26 @@ def _check_assertion(source: str, test: Example | Assertion, limits: Limits) -> 
     to_program, from_tester = os.pipe()
     to_tester, from_program = os.pipe()
     ours = [to_program, from_tester, to_tester, from_program]
-    program: subprocess.Popen[bytes] | None = None
+    talk = str(_HERE / "program_talk.py")
+    calls, asks = (to_program, from_program), (to_tester, from_tester)
+    program = Sandbox([talk, "serve", *map(str, calls)], source, limits=limits, pass_fds=calls, silent=True)
+    tester = Sandbox([talk, "test", *map(str, asks)], limits=replace(limits, file_mib=0), pass_fds=asks)
     try:
-        with _Sandbox(limits) as sandbox, _Sandbox(replace(limits, file_mib=0)) as bench:
-            sandbox.directory.joinpath("program.py").write_text(source, "utf-8", "surrogatepass")
-            talk = str(_HERE / "program_talk.py")
-            pipes = (to_program, from_program)
-            program = sandbox.start(talk, "serve", *map(str, pipes), pass_fds=pipes, silent=True)
-            pipes = (to_tester, from_tester)
-            tester = bench.start(talk, "test", *map(str, pipes), pass_fds=pipes)
+        with program, tester:
             while ours:  # else neither side would see the other's end
                 os.close(ours.pop())
-            run = _communicate(tester, test.code.encode(), limits)
-            if run.ended == "timed out":
-                return "timed out"
-            verdict, _, why = run.stdout.rpartition("\x1e")[2].partition("\x1f")
-            if verdict == "passed":
-                return ""
-            if verdict == "failed":
-                return why[:300]
-            raise _BrokenTest(why[:300] or f"{run.ended} {run.stderr[-200:]}".strip())
+            run = tester.communicate(test.code.encode(), program)
     finally:
         while ours:
             os.close(ours.pop())
-        if program is not None:
-            _kill(program)
-
-
-class _Sandbox:
-    """A private directory and the means to start confined Pythons in it; the directory goes at the end."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-
-    def __enter__(self) -> "_Sandbox":
-        self._temporary = tempfile.TemporaryDirectory(prefix="whorl-program-", ignore_cleanup_errors=True)
-        self.directory = Path(self._temporary.name)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._temporary.cleanup()
-
-    def start(
-        self, *arguments: str, pass_fds: Sequence[int] = (), silent: bool = False
-    ) -> subprocess.Popen[bytes]:
-        place = str(self.directory)
-        settings = {
-            "memory_mib": self.limits.memory_mib,
-            "file_mib": self.limits.file_mib,
-            "cpu_seconds": self.limits.cpu_seconds,
-            "readable": [*python_paths(), *SYSTEM_PATHS, *(a for a in arguments if os.path.isabs(a))],
-            "writable": [place],
-        }
-        python = [sys.executable, "-S", "-s", "-P", "-B"]
-        pipe = subprocess.DEVNULL if silent else subprocess.PIPE
-        return subprocess.Popen(
-            [*python, str(_HERE / "confine.py"), json.dumps(settings), *python, *arguments],
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
-            cwd=place,
-            env={**environment_of_children(), "HOME": place, "TMPDIR": place, "PYTHONIOENCODING": "utf-8"},
-            start_new_session=True,
-            pass_fds=pass_fds,
-        )
-
-
-def _communicate(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits) -> Run:
-    """Feed the input and collect the output until the process ends or breaks a limit; then it is dead."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    collected: dict[int, bytearray] = {}
-    ended, deadline, view = "", time.monotonic() + limits.wall_seconds, memoryview(stdin)
-    with selectors.DefaultSelector() as selector, process.stdin, process.stdout, process.stderr:
-        os.set_blocking(process.stdin.fileno(), False)
-        selector.register(process.stdin, selectors.EVENT_WRITE)
-        for pipe in (process.stdout, process.stderr):
-            collected[pipe.fileno()] = bytearray()
-            selector.register(pipe, selectors.EVENT_READ)
-        while collected.keys() & {key.fd for key in selector.get_map().values()} and not ended:
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if not ready:
-                ended = "timed out"
-            for key, _ in ready:
-                if key.fileobj is process.stdin:
-                    try:
-                        view = view[os.write(key.fd, view) :] if view else view
-                    except BrokenPipeError:
-                        view = view[:0]  # it does not want the rest
-                    if not view:
-                        selector.unregister(process.stdin)
-                        process.stdin.close()
-                    continue
-                data = os.read(key.fd, 1 << 16)
-                collected[key.fd] += data
-                if not data:
-                    selector.unregister(key.fileobj)
-                elif len(collected[key.fd]) > limits.output_kib << 10:
-                    ended = "too much output"
-        output, errors = (
-            collected[pipe.fileno()].decode(errors="replace") for pipe in (process.stdout, process.stderr)
-        )
-        if not ended and not _has_ended(process, deadline):  # it may close its outputs and run on
-            ended = "timed out"
-        code = _kill(process)
-    if not ended:
-        ended = (
-            f"exit {code}"
-            if code >= 0
-            else "out of CPU time"
-            if code == -signal.SIGXCPU
-            else f"signal {-code}"
-        )
-    return Run(output, errors, ended)
-
-
-def _has_ended(process: subprocess.Popen[bytes], deadline: float) -> bool:
-    """Wait until the process has ended, but leave it to be reaped, so that its group is still its own."""
-    while True:
-        if not hasattr(os, "waitid"):  # macOS before Python 3.13
-            ended = process.poll() is not None
-        else:
-            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-        if ended:
-            return True
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> int:
-    """Kill the whole process group of a process that has not been reaped, then reap it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
-
-
-_PROBE = """
-import json, os, socket, sys
-def refused(action):
-    try:
-        action()
-    except (OSError, MemoryError):
-        return True
-    return False
-secret = sys.stdin.readline().strip()
-def fork():
-    if os.fork() == 0:
-        os._exit(0)
-print(json.dumps({
-    "reading files outside": refused(lambda: open(secret).read()),
-    "writing files outside": refused(lambda: open(secret, "a")),
-    "changing modes outside": refused(lambda: os.chmod(secret, 0o600)),
-    "reading other processes": refused(lambda: open(f"/proc/{os.getppid()}/environ", "rb").read()),
-    "signalling other processes": refused(lambda: os.kill(os.getppid(), 0)),
-    "starting processes": refused(fork),
-    "opening sockets": refused(socket.socket),
-    "exceeding the memory": refused(lambda: bytearray(1 << 32)),
-}))
-"""
-
-
-@functools.cache
-def protections() -> Mapping[str, bool]:
-    """What a program might try, and whether it is refused on this machine: found out by trying it, once."""
-    with tempfile.NamedTemporaryFile() as secret:
-        run = run_program(_PROBE, secret.name + "\n", Limits(wall_seconds=60.0))
-    if not run.succeeded:
-        raise RuntimeError(f"the sandbox does not start on this machine: {run.ended}; {run.stderr[-500:]}")
-    return json.loads(run.stdout)
+    if not run.ended.startswith("exit"):  # the test as such is small: what it chokes on came from the program
+        raise _Stopped(run.ended)
+    if not run.succeeded or VERDICT not in run.stdout:
+        raise _BrokenTest(f"{run.ended} {run.stderr[-200:]}".strip())
+    verdict, why = json.loads(run.stdout.rpartition(VERDICT)[2])
+    if verdict == "broken":
+        raise _BrokenTest(why[:300])
+    return "" if verdict == "passed" else why[:300]
 
 
 @functools.cache
@@ -317,18 +132,13 @@ def _warn_of_missing_protections() -> None:
     if open_ends := [action for action, refused in protections().items() if not refused]:
         warnings.warn(
             f"programs of the model are run, and this system does not keep them from {', '.join(open_ends)}; "
-            "use a Linux with Landlock and seccomp, or a container that holds nothing of value",
+            "install bubblewrap, use a Linux with Landlock and seccomp, or a container that holds nothing of value",
             stacklevel=3,
         )
 
 
 def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
-
-
-def _how_it_failed(run: Run) -> str:
-    last = run.stderr.strip().rpartition("\n")[2][:150]
-    return f"{run.ended}: {last}" if last and run.ended.startswith("exit") else run.ended
 
 
 def _short(text: str) -> str:

@@ -17,8 +17,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+VERDICT = "\x1e"
+"""What the last record of the test's output begins with."""
 _MAX_LINE = 4 << 20
 _MAX_ITEMS = 100_000
+_MAX_DIGITS = 100_000
+"""Of a whole number. Reading one takes time with the square of its length, and the reader is the judge."""
 
 
 class Unsupported(Exception):
@@ -198,14 +202,15 @@ def is_free(name: str) -> bool:
 
 def main() -> None:
     side, read, write = sys.argv[1:]
-    sys.set_int_max_str_digits(0)
+    sys.set_int_max_str_digits(_MAX_DIGITS)
     incoming = os.fdopen(int(read), encoding="utf-8", errors="replace")
     outgoing = os.fdopen(int(write), "w", encoding="utf-8")
     if side == "serve":
         serve(incoming, outgoing)
     else:
         verdict, why = test(incoming, outgoing)
-        sys.stdout.write(f"\x1e{verdict}\x1f{why}")
+        # As JSON, in which no text of the program can end the record and begin another.
+        sys.stdout.write(f"{VERDICT}{json.dumps([verdict, why])}")
 
 
 if __name__ == "__main__":
