@@ -168,13 +168,6 @@ def test_words_would_be_equal_as_products_of_letters() -> None:
     assert module._math_pool().call("silent", "listen", deadline_seconds=60) is True
 
 
-def test_a_power_tower_ends_at_the_deadline_as_none() -> None:
-    score = math_answer(r"\boxed{9^{9^{9^{9}}}}", r"\sqrt{2}", deadline_seconds=1)
-    assert score.reward is None
-    assert "timed out" in score.why
-    assert math_answer(r"\boxed{2x}", "x+x", deadline_seconds=60).reward == 1.0
-
-
 def test_math_answer_works_outside_the_main_thread() -> None:
     """There math-verify itself, with the timeouts it has by default, raises or scores 0."""
     from math_verify import parse

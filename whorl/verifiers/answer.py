@@ -13,6 +13,9 @@ answer has none, even if the right number is in it: searching for it would pay f
 
 **Whether.** `exact` compares text, `numeric` numbers, `math_answer` mathematics. All give 1 or 0 with a
 reason, or None if the judge itself failed. No text of a model is ever evaluated in this process.
+
+What a reader would not see declares nothing: comments (<!-- ... -->, and a box behind a % within a box) and, to
+`math_answer`, what LaTeX prints as blank space (\\phantom and its kin).
 """
 
 import functools
@@ -26,23 +29,46 @@ from whorl.data import Score
 from whorl.verifiers.pool import Pool
 
 MAX_ANSWER_CHARACTERS = 2_000
-"""No final answer is longer; a longer one is wrong without a look at it."""
+"""No final answer is longer. A longer one is not looked at: as text or a number it is wrong, as mathematics it might
+be anything."""
 
 Form = Callable[[str], tuple[int, str] | None]
 """A form of declaring an answer: from a reply to where the last answer starts, and the answer."""
 
 
 def boxed(text: str) -> tuple[int, str] | None:
-    """The content of the last complete \\boxed{...}. One pass, whatever the nesting."""
-    last, opened = None, []
-    for mark in re.finditer(r"\\boxed\s{0,4}\{|\\.|[{}]", text, re.DOTALL):
-        if mark[0] == "}":
+    """The content of the last complete \\boxed{...}. One pass, whatever the nesting.
+
+    A box behind a % within a box is in a comment, as LaTeX reads it; other percent signs are percentages, also
+    one that ends a box (15%), where LaTeX would see a comment too.
+    """
+    last, opened, comments = None, [], []
+    num_boxes = line_end = 0
+    for mark in re.finditer(r"\\boxed\s{0,4}\{|\\.|[{}]|%(?![ \t]*\})", text, re.DOTALL):
+        at = mark.start()
+        if comments and at < comments[-1][1]:
+            continue
+        if mark[0] == "%":
+            if num_boxes and at >= line_end:
+                line_end = text.find("\n", at) % (len(text) + 1)  # -1, where there is none, becomes the end
+                if text.find("\\boxed", at, line_end) >= 0:
+                    comments.append((at, line_end))
+        elif mark[0] == "}":
             start, is_box = opened.pop() if opened else (0, False)
+            num_boxes -= is_box
             if is_box and (last is None or start > last[0]):
-                last = (start, text[start : mark.start()])
+                last = (start, at)
         elif mark[0].endswith("{") and mark[0] != "\\{":
             opened.append((mark.end(), mark[0] != "{"))
-    return last
+            num_boxes += mark[0] != "{"
+    if last is None:
+        return None
+    pieces, start = [], last[0]
+    for comment_start, comment_end in comments:
+        if last[0] <= comment_start < last[1]:
+            pieces.append(text[start:comment_start])
+            start = comment_end
+    return last[0], "".join([*pieces, text[start : last[1]]])
 
 
 def tagged(text: str) -> tuple[int, str] | None:
@@ -67,11 +93,14 @@ def _rest_of_line(text: str, mark: int, width: int) -> tuple[int, str] | None:
     return (mark + width, text[mark + width :].partition("\n")[0]) if mark >= 0 else None
 
 
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+
 ANY_FORM: tuple[Form, ...] = (boxed, tagged, after_hashes, after_answer)
 
 
 def final_answer(reply: str, forms: Sequence[Form] = ANY_FORM) -> str | None:
     """The answer that the reply declares, without white space around it and a full stop; None if it has none."""
+    reply = _COMMENT.sub("", reply)
     found = [place for form in forms if (place := form(reply)) is not None]
     if not found:
         return None
@@ -111,9 +140,10 @@ def math_answer(
 
     Equal text and plain numbers are settled without it. So are gold answers that are words: math-verify
     reads a word as a product of letters, in which "silent" equals "listen".
-    None if math-verify overruns the deadline, dies, or cannot read the gold answer.
+    None if math-verify overruns the deadline, dies, cannot read the gold answer, or would have to deal with what
+    it cannot: an answer too long, too deeply nested, or with a number too large to be written out.
     """
-    answer = _declared(reply, forms)
+    answer = _declared(reply, forms, if_too_long=None)
     if isinstance(answer, Score):
         return answer
     if _text(answer) == _text(gold):
@@ -125,20 +155,35 @@ def math_answer(
         return _verdict(_text(answer).casefold() == _text(gold).casefold(), gold, answer)
     if not _balanced(answer):
         return Score(0.0, {"answered": 1.0}, f"{_short(answer)} has unbalanced braces")
-    equal = _math_pool().call(gold.strip(), answer, deadline_seconds=deadline_seconds)
-    if isinstance(equal, bool):
-        return _verdict(equal, gold, answer)
-    return Score(None, {"answered": 1.0}, f"math-verify {equal}")
+    printed = _printed(answer)
+    if not printed:
+        return Score(0.0, {"answered": 1.0}, f"{_short(answer)} prints nothing")
+    try:
+        return _verdict(_math_equal(gold.strip(), printed, deadline_seconds), gold, answer)
+    except _NotJudged as error:
+        return Score(None, {"answered": 1.0}, f"math-verify {error}")
 
 
-def _declared(reply: str, forms: Sequence[Form]) -> str | Score:
+class _NotJudged(Exception):
+    """Why math-verify has no verdict."""
+
+
+@functools.lru_cache(maxsize=8192)  # the samples of a group often agree; only verdicts are remembered
+def _math_equal(gold: str, answer: str, deadline_seconds: float) -> bool:
+    equal = _math_pool().call(gold, answer, deadline_seconds=deadline_seconds)
+    if not isinstance(equal, bool):
+        raise _NotJudged(equal)
+    return equal
+
+
+def _declared(reply: str, forms: Sequence[Form], if_too_long: float | None = 0.0) -> str | Score:
     """The final answer, or the verdict on a reply without one that could be looked at."""
     answer = final_answer(reply, forms)
     if not answer:
         names = ", ".join(getattr(form, "__name__", str(form)) for form in forms)
         return Score(0.0, {"answered": 0.0}, f"no final answer in a declared form ({names})")
     if len(answer) > MAX_ANSWER_CHARACTERS:
-        return Score(0.0, {"answered": 1.0}, f"the final answer has {len(answer):,} characters")
+        return Score(if_too_long, {"answered": 1.0}, f"the final answer has {len(answer):,} characters")
     return answer
 
 
@@ -199,6 +244,22 @@ def _is_words(gold: str) -> bool:
         r"\\[a-zA-Z]+|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|arcsin|arccos|arctan|mod)\b", " ", gold
     )
     return re.search(r"[^\W\d_]{3}", plain) is not None
+
+
+_BLANK = re.compile(r"\\(?:[hv]?phantom|[hv]space\*?|label)\s*\{")
+
+
+def _printed(answer: str) -> str:
+    """The answer without what LaTeX prints as blank space, which math-verify reads like any other text."""
+    while opening := _BLANK.search(answer):
+        depth, end = 1, opening.end()
+        while depth:  # the braces are balanced, so this ends
+            mark = re.compile(r"\\.|[{}]", re.DOTALL).search(answer, end)
+            assert mark is not None, f"unbalanced: {answer!r}"
+            depth += {"{": 1, "}": -1}.get(mark[0], 0)
+            end = mark.end()
+        answer = answer[: opening.start()] + answer[end:]
+    return answer.strip()
 
 
 def _balanced(text: str) -> bool:
