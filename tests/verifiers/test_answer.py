@@ -148,6 +148,17 @@ def test_every_judge_refuses_babble_and_endless_answers_and_says_why(judge) -> N
         (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}", 1.0),
         (r"\{2, 1\}", r"\{1, 2\}", 1.0),
         ("(2, 1)", "(1, 2)", 0.0),
+        (r"\left( 1 , 0.5 \right)", r"(1,\frac{1}{2})", 1.0),
+        ("(1, 2, 3)", "(1, 2)", 0.0),
+        ("[1, 2)", "[1, 2]", 0.0),
+        ("[1,2]", "[1, 2]", 1.0),
+        (r"(-\infty, 3]", r"(-\infty,3]", 1.0),
+        (r"(-\infty, 3]", r"(\infty,3]", 0.0),
+        (r"(-\infty, 1)", r"(-1,1)", 0.0),
+        (r"\{1, 2, 2\}", r"\{2, 1\}", 1.0),
+        (r"\{1, 2, 3\}", r"\{2, 1\}", 0.0),
+        (r"\{1\}", r"\{2, 1\}", 0.0),
+        (r"(1, \sqrt{4})", "(1, 2)", 1.0),
         ("x**2", "x^2", 1.0),
         (r"3 \text{ or } 4", "3", 0.0),
         ("3, 4", "3", 0.0),
@@ -161,6 +172,17 @@ def test_every_judge_refuses_babble_and_endless_answers_and_says_why(judge) -> N
 def test_mathematically_equal_answers_are_right(answer: str, gold: str, reward: float) -> None:
     reply = f"Answer: {answer}"
     assert math_answer(reply, gold, deadline_seconds=60).reward == reward
+
+
+def test_plain_pairs_and_sets_are_settled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """math-verify takes twenty milliseconds to read a pair of numbers."""
+    monkeypatch.setattr(module, "_math_pool", lambda: pytest.fail("a process was asked"))
+    for answer, gold, reward in (
+        ("(3,4)", "(3, 4)", 1.0),
+        (r"\{4, 3\}", r"\{3, 4\}", 1.0),
+        ("[0, 5)", r"[0, \infty)", 0.0),
+    ):
+        assert math_answer(f"Answer: {answer}", gold).reward == reward
 
 
 def test_words_would_be_equal_as_products_of_letters() -> None:

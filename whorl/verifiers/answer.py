@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from whorl.data import Score
 from whorl.verifiers.pool import Pool
@@ -138,8 +139,8 @@ def math_answer(
 ) -> Score:
     """1 if the final answer is mathematically equal to the gold one (math-verify, in a process of its own).
 
-    Equal text and plain numbers are settled without it. So are gold answers that are words: math-verify
-    reads a word as a product of letters, in which "silent" equals "listen".
+    Equal text, plain numbers, and pairs, intervals and sets of them are settled without it. So are gold answers
+    that are words: math-verify reads a word as a product of letters, in which "silent" equals "listen".
     None if math-verify overruns the deadline, dies, cannot read the gold answer, or would have to deal with what
     it cannot: an answer too long, too deeply nested, or with a number too large to be written out.
     """
@@ -151,6 +152,9 @@ def math_answer(
     got, expected = number(answer), number(gold)
     if got is not None and expected is not None:
         return _verdict(_same_number(got, expected), gold, answer)
+    listed, wanted = _numbers(answer), _numbers(gold)
+    if listed is not None and wanted is not None and listed[0] == wanted[0]:
+        return _verdict(_same_numbers(*listed, wanted[1]), gold, answer)
     if _is_words(gold):
         return _verdict(_text(answer).casefold() == _text(gold).casefold(), gold, answer)
     if not _balanced(answer):
@@ -228,6 +232,35 @@ def _same_number(got: tuple[Fraction, bool], expected: tuple[Fraction, bool]) ->
     (value, is_exact), (wanted, wanted_is_exact) = got, expected
     tolerance = 0 if is_exact and wanted_is_exact else abs(wanted) / 10**6
     return abs(value - wanted) <= tolerance
+
+
+_BRACKETED = re.compile(r"(?:\\left)?(\(|\[|\\\{)(.*?)(?:\\right)?(\)|\]|\\\})", re.DOTALL)
+_ENDS = {"\\infty": 1, "+\\infty": 1, "-\\infty": -1}
+
+
+def _numbers(text: str) -> tuple[str, list[tuple[Fraction, bool] | int]] | None:
+    """The brackets and the numbers of a pair, tuple, interval or set of plain ones; infinities are 1 and -1."""
+    match = _BRACKETED.fullmatch(text.strip())
+    if match is None:
+        return None
+    found = [_ENDS.get(item.strip()) or number(item) for item in match[2].split(",")]
+    numbers = [one for one in found if one is not None]
+    return (match[1] + match[3], numbers) if len(numbers) == len(found) > 1 else None
+
+
+def _same_numbers(brackets: str, got: list, expected: list) -> bool:
+    """In order; in any order, and as often as one likes, between braces."""
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, int) or isinstance(other, int):
+            return one == other
+        return _same_number(one, other)
+
+    if brackets == "\\{\\}":
+        return all(any(same(g, e) for e in expected) for g in got) and all(
+            any(same(g, e) for g in got) for e in expected
+        )
+    return len(got) == len(expected) and all(map(same, got, expected))
 
 
 def _text(answer: str) -> str:
