@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tests.support import Tiny, know_tiny
@@ -84,8 +86,18 @@ def test_an_unknown_or_mistyped_override_exits_with_2_and_help(capsys, words):
         ),
         (b'{"prompt": "1+1?", "answer": "2"}\n{"prompt": oops\n', "row 2"),
         (b'{"prompt": "1+1?", "answer": "2"}\n{"prompt": 7, "answer": "2"}\n', "row 2"),
-        (b'{"prompt": "\xff", "answer": "2"}\n', "UTF-8"),
-        (b"", "empty"),
+        (
+            b"".join(b'{"prompt": "%d+1?", "answer": "2"}\n' % n for n in range(4410))
+            + b'{"prompt": "?", "answer": ["2"]}\n',
+            "row 4411, column 'answer': expected an answer as text or a number; got list",
+        ),
+        (
+            b'{"prompt": "1?", "answer": "2"}\n' * 2 + b'{"prompt": "\xff", "answer": "2"}\n',
+            "row 3: byte 13 is not UTF-8",
+        ),
+        (b"", "expected at least one row; the file is empty"),
+        (b"\n \n", "the file is empty"),
+        (b"\x00\xff\xfe", "row 1: byte 2 is not UTF-8"),
     ],
 )
 def test_a_broken_data_file_is_refused_by_row(capsys, tmp_path, content, said):
@@ -93,7 +105,29 @@ def test_a_broken_data_file_is_refused_by_row(capsys, tmp_path, content, said):
     file.write_bytes(content)
     error = refused(capsys, "train", "minimax_m1", "--environment", f"data:{file}", "--run", tmp_path / "run")
     assert said in error
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["problems.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "the file is empty"),
+        ([{"question": "?", "answer": "1"}], "there is no column 'prompt'"),
+        ([{"prompt": f"{n}?", "answer": 1.0 if n != 7 else float("nan")} for n in range(20)], "row 8, column 'answer'"),
+        (None, "not a readable Parquet file"),
+    ],
+)  # fmt: skip
+def test_a_broken_parquet_file_is_refused_too(capsys, tmp_path, rows, said):
+    file = tmp_path / "problems.parquet"
+    if rows is None:
+        file.write_bytes(b"PAR1 and nothing else")
+    else:
+        schema = pyarrow.schema([("prompt", pyarrow.string()), ("answer", pyarrow.string())])
+        table = pyarrow.Table.from_pylist(rows) if rows else schema.empty_table()
+        pyarrow.parquet.write_table(table, file)
+    error = refused(capsys, "train", "minimax_m1", "--environment", f"data:{file}", "--run", tmp_path / "run")
+    assert said in error
+    assert [path.name for path in tmp_path.iterdir()] == ["problems.parquet"]
 
 
 def test_a_prompt_longer_than_the_context_is_refused_by_name(capsys, tmp_path):
@@ -173,6 +207,16 @@ def test_check_proves_an_environment_and_fails_with_1_where_it_does_not_hold(cap
     monkeypatch.setattr(ReverseDigits, "gold", lambda self, problem: ("0",))
     assert main(["check", "reverse_digits", "--problems", "5"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_who_runs_programs_of_the_model_is_told_once_how_safe_that_is(capsys, tmp_path):
+    file = tmp_path / "programs.jsonl"
+    rows = [{"prompt": f"f({n})?", "answer": f"assert f({n}) == {n}"} for n in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["check", f"data:{file},verifier=program", "--problems", "2"]) == 0
+    assert capsys.readouterr().out.count("Programs of the model run ") == 1
+    assert main(["check", "reverse_digits", "--problems", "2"]) == 0
+    assert "Programs" not in capsys.readouterr().out
 
 
 def test_no_command_shows_the_usage():

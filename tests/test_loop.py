@@ -6,6 +6,7 @@ import torch
 
 from tests.support import know_tiny, tiny_run
 from whorl import loop
+from whorl.algorithms.algorithm import assemble
 from whorl.algorithms.catalog import ALGORITHMS
 from whorl.data import Problem, Score
 from whorl.learning.checkpoint import load
@@ -204,6 +205,36 @@ def test_a_verifier_that_raises_costs_its_rollout_and_not_the_run(tmp_path, monk
     assert row["failed_rollouts"] == row["unjudged_rollouts"]
     errors = [one.rollout.error for one in run.directory.read_rollouts(1) if one.rollout.error]
     assert errors[0] == "verifier: RuntimeError: the judge is ill"
+
+
+def test_an_unjudged_rollout_leaves_its_group_and_is_counted_apart_from_wrong_and_failed(
+    tmp_path, monkeypatch
+):
+    """Four rollouts a group: right, wrong, not judged, not judged; so two of four are in each group's credit."""
+    run = tiny_run(tmp_path / "run", monkeypatch, num_steps=1)
+    run.warm = True
+    verdicts = {0: Score(1.0), 1: Score(0.0), 2: Score(None, why="math-verify timed out"), 3: Score(None)}
+    object.__setattr__(run.environment, "verify", lambda problem, rollout: verdicts[rollout.sample])
+    kept = []
+
+    def keep(groups, *arguments):
+        kept.append(assemble(groups, *arguments))
+        return kept[-1]
+
+    monkeypatch.setattr("whorl.loop.assemble", keep)
+    train(run)
+    row = run.directory.history()[-1]
+    assert (row["unjudged_rollouts"], row["failed_rollouts"]) == (4 * 2, 0)
+    assert (row["reward"], row["accuracy"], row["groups_with_signal_frac"]) == (1 / 2, 1 / 2, 1.0)
+    [batch] = kept
+    assert batch.num_sequences == 4 * 2
+    assert batch["reward_S"].tolist() == [1.0, 0.0] * 4
+    # Mean 1/2 and population std 1/2 of two: an advantage of 1 and of -1, as if the others had never been.
+    trained_N = batch["trained_N"]
+    assert batch["advantage_N"][trained_N].abs().sub(1).abs().max() < 1e-5
+    recorded = [one.rollout for one in run.directory.read_rollouts(1)]
+    assert sum(rollout.reward is None for rollout in recorded) == 4 * 2
+    assert {rollout.score.why for rollout in recorded if rollout.sample == 2} == {"math-verify timed out"}
 
 
 def test_if_nothing_can_be_judged_the_run_says_why(tmp_path, monkeypatch):

@@ -130,6 +130,7 @@ def _carry_on(run) -> int:
 
     run.tracker = open_tracker(run)
     print(f"run directory: {run.directory.path}", flush=True)
+    _say_notice(run.environment)
     with run.progress:
         reason = train(run)
         summarise(run)
@@ -142,6 +143,11 @@ def _carry_on(run) -> int:
         print(f"stopped early: {reason}")
     print(f"run directory: {run.directory.path}\nreport: {page}")
     return 1 if reason else 0
+
+
+def _say_notice(environment) -> None:
+    if environment.notice:
+        print(environment.notice, flush=True)
 
 
 def _evaluate(words: list[str]) -> int:
@@ -175,6 +181,7 @@ def _evaluate(words: list[str]) -> int:
 
         opened = open_run(run, step=checkpoint, read_only=True)
         task = opened.with_environment(environment)
+        _say_notice(task.environment)
         sampling = opened.settings.sampling
         if temperature is not None:
             sampling = replace(sampling, temperature=temperature)
@@ -234,7 +241,9 @@ def _check(words: list[str]) -> int:
         specs = [what] if what else [name for name in ENVIRONMENTS if name not in needs_argument]
         all_good = True
         for spec in specs:
-            rows = [Row(*result) for result in check_environment(make(spec), problems)]
+            environment = make(spec)
+            _say_notice(environment)
+            rows = [Row(*result) for result in check_environment(environment, problems)]
             console.print(table_of(rows, spec))
             all_good &= all(row.ok for row in rows)
         return 0 if all_good else 1

@@ -37,6 +37,8 @@ def play_in_terminal(path: Path, step: int | None, temperature: float | None) ->
         sampling = replace(sampling, temperature=temperature)
     console = Console(highlight=False, markup=False)
     console.print(f"{path} at step {run.step}: {run.environment.name}. {HELP}")
+    if run.environment.notice:
+        console.print(run.environment.notice)
     index = count = 0
     while True:
         try:

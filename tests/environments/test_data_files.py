@@ -7,8 +7,10 @@ import pytest
 
 from whorl.data import Message
 from whorl.environments.base import SPLITS
+from whorl.environments.catalog import make
 from whorl.environments.data_files import DataFile
 from whorl.environments.scripted import play_scripted
+from whorl.verifiers.sandbox import statement
 
 
 def write(path: Path, rows: list) -> str:
@@ -195,7 +197,68 @@ def test_files_that_cannot_be_read_at_all_say_why(tmp_path: Path) -> None:
 
 def test_settings_are_checked_too(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "?", "answer": "about 3"}])
-    with pytest.raises(ValueError, match="expected verifier math, exact, numeric; got 'guess'"):
+    with pytest.raises(ValueError, match="expected verifier math, exact, numeric, program; got 'guess'"):
         DataFile(path, verifier="guess")
     with pytest.raises(ValueError, match=r"row 1.*verifier=numeric needs a number"):
         DataFile(path, verifier="numeric")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_program_earns_its_reward_by_passing_the_tests_of_its_row(tmp_path: Path, kind: str) -> None:
+    source = "```python\ndef double(n):\n    return 2 * n\n```"
+    rows = [{"prompt": "Double it.", "answer": ["assert double(2) == 4", "assert double(-1) == -2"]}]
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        write(path, rows)
+    file = DataFile(str(path), verifier="program")
+    problem = file.problem("train", 0)
+    assert file.gold(problem) is None
+    for reply, reward, why in (
+        (f"Like so:\n{source}", 1.0, "all 2 tests passed"),
+        (source.replace("2 * n", "n + 2"), 0.0, "test 2: assertion failed"),
+        ("def double(n): return 2 * n", 0.0, "no complete ```python block"),
+        (source + "\n```python\nimport sys; sys.exit(0)\n```", 0.0, "test 1"),
+    ):
+        score = play_scripted(file, problem, [reply]).score
+        assert score is not None
+        assert score.reward == reward
+        assert why in score.why
+
+
+def test_a_program_can_be_judged_by_what_it_prints(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "?", "answer": {"stdin": "3", "stdout": "6"}}])
+    file = DataFile(path, verifier="program")
+    problem = file.problem("train", 0)
+    for source, reward in (("print(2 * int(input()))", 1.0), ("print(5)", 0.0)):
+        score = play_scripted(file, problem, [f"```python\n{source}\n```"]).score
+        assert score is not None
+        assert score.reward == reward
+
+
+def test_who_runs_programs_says_so_once_and_how_safe_that_is(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "?", "answer": "assert f() == 1"}])
+    programs = DataFile(path, verifier="program")
+    assert programs.notice == statement()
+    assert DataFile(write(tmp_path / "b.jsonl", sums(3))).notice is None
+    both = make(f"data:{path},verifier=program + data:{path},verifier=program,prompt=prompt + reverse_digits")
+    assert both.notice == statement()
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [
+        ([], "column 'answer': expected at least one test; the list is empty"),
+        (7, "test 1: expected Python text with assertions, or .*; got int '7'"),
+        ([" "], "test 1: expected Python text"),
+        (["assert f() == 1", {"stdin": "3"}], "test 2: expected Python text"),
+        ([{"stdin": 3, "stdout": "6"}], "test 1: expected Python text"),
+        (["assert f() =="], r"row 1, column 'answer', test 1: not Python: invalid syntax"),
+        (None, "test 1: expected .*; got nothing"),
+    ],
+)
+def test_broken_tests_are_found_when_the_file_is_opened(tmp_path: Path, tests: object, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "?", "answer": tests}])
+    with pytest.raises(ValueError, match=message):
+        DataFile(path, verifier="program")

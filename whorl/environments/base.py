@@ -104,6 +104,11 @@ class Environment(ABC):
         """Lowest and highest reward of an episode under these settings."""
         return (0.0, 1.0)
 
+    @property
+    def notice(self) -> str | None:
+        """What a user should know before anything runs, such as how safe it is; the command line says it once."""
+        return None
+
     def guess(self, problem: Problem, rng: np.random.Generator) -> tuple[str, ...] | None:
         """Replies in the right form that know nothing about the problem; None if there is no such baseline.
 

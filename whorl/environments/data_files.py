@@ -4,12 +4,17 @@
 `{"role": ..., "content": ...}`. An answer is text or a number; where it is a worked solution that declares its
 final answer (#### or \\boxed), as in GSM8K or MATH, that final answer is the gold answer.
 
+With `verifier=program` the reply is a Python program, and the answer column has its tests: assertions about its
+functions, or `{"stdin": ..., "stdout": ...}`, or a list of either. Programs run in a sandbox (`notice` says how safe
+it is on this machine); they earn 1 if they pass every test.
+
 The whole file is checked when it is opened, and an error names the file, the row and the column. A prompt
 that stands in several rows is one problem. Which split a problem belongs to depends on its content (80%
 train, 10% validation, 10% test), or the test problems are a file of their own, and then no problem of that
 file is trained on.
 """
 
+import ast
 import functools
 import json
 import warnings
@@ -31,9 +36,22 @@ from whorl.verifiers.answer import (
     number,
     numeric,
 )
+from whorl.verifiers.program import Assertion, Example, extract_code, verify_program
+from whorl.verifiers.sandbox import statement
+
+
+def passes_tests(reply: str, tests: str) -> Score:
+    """1 if the last ```python block of the reply passes the tests, as `_tests` wrote them down."""
+    source = extract_code(reply)
+    if source is None:
+        return Score(0.0, {"answered": 0.0}, "no complete ```python block")
+    read = [Assertion(test) if isinstance(test, str) else Example(**test) for test in json.loads(tests)]
+    score = verify_program(source, read)
+    return replace(score, parts={"answered": 1.0, **score.parts})
+
 
 _VERIFIERS: Mapping[str, Callable[[str, str], Score]] = MappingProxyType(
-    {"math": math_answer, "exact": exact, "numeric": numeric}
+    {"math": math_answer, "exact": exact, "numeric": numeric, "program": passes_tests}
 )
 _MIN_TO_SPLIT = 10
 """From so many problems on, each split gets at least one; a smaller file is all training."""
@@ -49,13 +67,15 @@ class DataFile(Environment):
     answer: str = "answer"
     """Name of the column with the answer."""
     verifier: str = "math"
-    """"math" (mathematically equal), "numeric" (the same number) or "exact" (the same text)."""
+    """"math" (mathematically equal), "numeric" (the same number), "exact" (the same text) or "program" (passes its
+    tests)."""
     test: str | None = None
     """A file whose problems are the test split; the rest of `path` is train and validation."""
 
     card = Card(
         prompt="the prompt column, unchanged",
-        turn="one: anything that declares its final answer: \\boxed{...}, <answer>...</answer>, #### or Answer:",
+        turn="one: anything that declares its final answer: \\boxed{...}, <answer>...</answer>, #### or Answer:; "
+        "a program stands in a ```python block",
         ends="after the reply",
         reward="1 if the final answer is right by the chosen verifier, else 0",
         chance=0.0,
@@ -75,6 +95,10 @@ class DataFile(Environment):
         """Unknown: it depends on the questions."""
         return None
 
+    @property
+    def notice(self) -> str | None:
+        return statement() if self.verifier == "program" else None
+
     def num_problems(self, split: str) -> int:
         check_split(split)
         return len(self._splits[split])
@@ -93,10 +117,16 @@ class DataFile(Environment):
         assert problem.answer is not None, "every row was checked to have an answer"
         return _VERIFIERS[self.verifier](rollout.reply, problem.answer)
 
-    def gold(self, problem: Problem) -> tuple[str, ...]:
-        """The stored answer in a box, or after "Answer:" if its braces would break the box."""
-        reply = f"\\boxed{{{problem.answer}}}"
-        return (reply if final_answer(reply) == problem.answer else f"Answer: {problem.answer}",)
+    def gold(self, problem: Problem) -> tuple[str, ...] | None:
+        """The stored answer in a box, or after "Answer:" if its braces would break the box; None where there are
+        only tests."""
+        if self.verifier == "program":
+            return None
+        return (self._declaration(problem.answer),)
+
+    def _declaration(self, answer: str | None) -> str:
+        reply = f"\\boxed{{{answer}}}"
+        return reply if final_answer(reply) == answer else f"Answer: {answer}"
 
     @functools.cached_property
     def _splits(self) -> Mapping[str, tuple[Problem, ...]]:
@@ -142,6 +172,8 @@ class DataFile(Environment):
         return [problem for _, problem in first_row.values()]
 
     def _gold(self, value: object, where: str) -> str:
+        if self.verifier == "program":
+            return _tests(value, where)
         if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # or nan
             raise ValueError(f"{where}: expected an answer as text or a number; got {_describe(value)}")
         solution = _encodable(str(value), where).strip()
@@ -152,7 +184,7 @@ class DataFile(Environment):
             raise ValueError(
                 f"{where}: verifier=numeric needs a number such as 12, -0.5 or 3/4; got {text[:60]!r}"
             )
-        if final_answer(self.gold(Problem("", "", text))[0]) != text or len(text) > MAX_ANSWER_CHARACTERS:
+        if final_answer(self._declaration(text)) != text or len(text) > MAX_ANSWER_CHARACTERS:
             raise ValueError(
                 f"{where}: no reply could declare this answer: {text[:60]!r} (it is longer than "
                 f"{MAX_ANSWER_CHARACTERS:,} characters, holds the mark of another answer, or has several lines "
@@ -246,6 +278,30 @@ def _prompt(value: object, where: str) -> str | tuple[Message, ...]:
             raise ValueError(f"{where}, message {place}: expected content as text; got {_describe(text)}")
         messages.append(Message(role, _encodable(text, where)))
     return tuple(messages)
+
+
+def _tests(value: object, where: str) -> str:
+    """The tests of a program as a JSON list of snippets and of examples."""
+    tests = value if isinstance(value, list) else [value]
+    if not tests:
+        raise ValueError(f"{where}: expected at least one test; the list is empty")
+    for place, test in enumerate(tests, 1):
+        here = f"{where}, test {place}"
+        example = test if isinstance(test, dict) and set(test) == {"stdin", "stdout"} else None
+        parts = [test] if example is None else list(example.values())
+        texts = [text for text in parts if isinstance(text, str)]
+        if len(texts) < len(parts) or (example is None and not texts[0].strip()):
+            raise ValueError(
+                f'{here}: expected Python text with assertions, or {{"stdin": text, "stdout": text}}; got '
+                f"{_describe(test)}"
+            )
+        for text in texts:
+            _encodable(text, here)
+        try:
+            ast.parse(texts[0] if example is None else "")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ValueError(f"{here}: not Python: {str(error).partition(chr(10))[0]}") from None
+    return json.dumps(tests)
 
 
 def _encodable(text: str, where: str) -> str:

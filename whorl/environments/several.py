@@ -48,6 +48,10 @@ class Several(Environment):
     def chance(self) -> None:
         return None
 
+    @property
+    def notice(self) -> str | None:
+        return "\n".join(dict.fromkeys(part.notice for part in self.parts if part.notice)) or None
+
     def num_problems(self, split: str) -> int | None:
         sizes = [part.num_problems(split) for part in self.parts]
         finite = [size for size in sizes if size is not None]

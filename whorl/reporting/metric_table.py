@@ -105,7 +105,7 @@ METRICS: tuple[Metric, ...] = (
          "its cost is in `generated_tokens`"),
         ("unjudged_rollouts", "rollouts", "rollouts whose verifier could not judge them (reward None)",
          "more than a few is a fault of the verifier; they leave their group, never count as 0", 0, 0),
-        ("failed_rollouts", "rollouts", "rollouts that ended in an error of the environment or the sampler",
+        ("failed_rollouts", "rollouts", "rollouts whose environment or verifier raised an error",
          "not 0: read `error` in the step's rollout file", 0, 0),
     ),
     *_group("length",

@@ -355,7 +355,10 @@ print("more threads")
 
 @functools.cache
 def protections() -> Mapping[str, bool]:
-    """What a program might try, and whether it is refused on this machine: found out by trying it, once."""
+    """What a program might try, and whether it is refused on this machine: found out by trying it, once.
+
+    OSError if the sandbox does not start at all.
+    """
     with tempfile.NamedTemporaryFile() as secret:
         secret.write(b"a secret")
         secret.flush()
@@ -364,7 +367,7 @@ def protections() -> Mapping[str, bool]:
         untouched = Path(secret.name).read_bytes() == b"a secret"
     found, _, more = run.stdout.partition("\n")
     if not found:
-        raise RuntimeError(f"the sandbox does not start on this machine: {run.ended}; {run.stderr[-500:]}")
+        raise OSError(f"the sandbox does not start on this machine: {run.ended}; {run.stderr[-500:]}")
     own = {"writing files outside": untouched, "starting hundreds of threads": not more}
     return json.loads(found) | own
 
