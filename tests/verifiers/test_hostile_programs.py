@@ -4,6 +4,9 @@ import os
 import secrets
 import socket
 import stat
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -284,3 +287,26 @@ def test_a_program_that_has_to_be_stopped_is_not_tried_again() -> None:
         source, [Example(str(n), str(n)) for n in range(1, 9)], Limits(60.0, cpu_seconds=1)
     )
     assert (score.parts["passed_frac"], score.why) == (2 / 8, "test 3: out of CPU time")
+
+
+@pytest.mark.parametrize("source", ["import time; time.sleep(600)", "while True: pass"])
+def test_no_program_outlives_a_run_that_is_killed(scene: Scene, backend: Backend, source: str) -> None:
+    alone = (
+        "" if backend.wrapper else "sandbox.backend = lambda: sandbox.Backend(None, 'a test asked for it')"
+    )
+    run = textwrap.dedent(f"""
+        from whorl.verifiers import sandbox
+        original = sandbox.environment_of_children
+        sandbox.environment_of_children = lambda: {{**original(), "A_MARK": {scene.mark!r}}}
+        {alone}
+        sandbox.run_program({source!r}, limits=sandbox.Limits(wall_seconds=600.0, cpu_seconds=600))
+    """)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", run], env=environment) as process:
+        deadline = time.monotonic() + 60
+        while not scene._processes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert scene._processes()
+        process.kill()
+    assert scene.left_behind() == []

@@ -125,6 +125,61 @@ def test_a_function_that_cannot_be_loaded_is_a_failure_that_says_so(tmp_path: Pa
     assert "a_package_that_is_not_there" in result.detail
 
 
+def ends(process_id: int, seconds: float = 30) -> bool:
+    """Whether a process ends within the time. One without a parent that waits for it stays as a zombie."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("busy_with", ["('sleep', 600)", "('compute',)", "('spin',)"])
+def test_no_worker_outlives_a_run_that_is_killed_while_it_is_busy(tmp_path: Path, busy_with: str) -> None:
+    """Asleep, deep in C where no Python runs, or in an endless loop: long before its deadline of ten minutes."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            import threading, time
+            from pathlib import Path
+            from whorl.verifiers.pool import Pool
+            pool = Pool(Path({str(WORKERS)!r}), "work", num_workers=1)
+            print(pool.call("process_id", deadline_seconds=60), flush=True)
+            threading.Thread(target=lambda: pool.call(*{busy_with}, deadline_seconds=600)).start()
+            time.sleep(0.5)
+            print("busy", flush=True)
+            time.sleep(600)
+        """)
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment) as run:
+        assert run.stdout is not None
+        worker = int(run.stdout.readline())
+        assert run.stdout.readline() == b"busy\n"
+        assert not ends(worker, 0.1)
+        run.kill()
+    assert ends(worker)
+
+
+def test_a_pool_whose_worker_was_killed_from_outside_goes_on(pool: Pool) -> None:
+    worker = pool.call("process_id", deadline_seconds=60)
+    os.kill(worker, signal.SIGKILL)  # idle: the next call finds it dead
+    assert ends(worker)
+    assert pool.call("add", 1, 2, deadline_seconds=60) == 3
+    with ThreadPoolExecutor(1) as thread:
+        busy = thread.submit(pool.call, "sleep", 600, deadline_seconds=600)
+        time.sleep(0.5)
+        for worker in pool.process_ids:
+            os.kill(worker, signal.SIGKILL)
+        assert busy.result(60) == Failure("worker died", "signal 9")
+    assert pool.call("add", 3, 4, deadline_seconds=60) == 7
+
+
 @pytest.mark.parametrize("ending", ["exit", "crash", "kill -9"])
 def test_no_worker_outlives_the_run(tmp_path: Path, ending: str) -> None:
     """At an orderly exit, and by the end of file on its pipe when the run is killed."""

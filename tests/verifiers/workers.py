@@ -21,6 +21,15 @@ def sleep(seconds):
     time.sleep(seconds)
 
 
+def compute():
+    return len(str(3**30_000_000 % 7)) + compute()
+
+
+def spin():
+    while True:
+        pass
+
+
 def exhaust_memory(num_bytes):
     return len(bytearray(num_bytes))
 

@@ -4,10 +4,12 @@ Requests are pickles (they come from the run, which is trusted), answers are JSO
 that has handled model text, which is not). Imports nothing of Whorl, so that no worker pays for torch.
 """
 
+import fcntl
 import importlib.util
 import json
 import os
 import pickle
+import select
 import signal
 import sys
 
@@ -37,14 +39,28 @@ def main() -> None:
     reply(call="ready", value=True)
     while header := requests.read(8):
         call, arguments, deadline_seconds = pickle.loads(requests.read(int.from_bytes(header, "little")))
-        # If the run dies, nobody is left to kill us: the unhandled alarm then does, whatever is running.
+        # If the run dies, nobody is left to kill us: the end of its pipe then does, whatever is running, and
+        # where pipes send no signals the unhandled alarm.
         signal.setitimer(signal.ITIMER_REAL, deadline_seconds + 5)
+        die_at_the_end_of(requests.fileno(), True)
         try:
             fields = {"value": function(*arguments)}
         except Exception as error:
             fields = {"error": describe(error)}
+        die_at_the_end_of(requests.fileno(), False)
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply(call=call, **fields)
+
+
+def die_at_the_end_of(pipe: int, enabled: bool) -> None:
+    """Let the kernel send SIGIO, unhandled, when the other end of the pipe is closed (or written to)."""
+    flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC if enabled else flags & ~os.O_ASYNC)
+    poll = select.poll()
+    poll.register(pipe, 0)
+    if poll.poll(0):  # it was closed before we listened
+        os._exit(0)
 
 
 def load(name: str, file: str):
