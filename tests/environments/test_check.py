@@ -1,7 +1,9 @@
 """What `whorl check` measures, on every generated environment and on some that break a promise."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from whorl.data import Problem, Rollout, Score
 from whorl.environments.catalog import make
 from whorl.environments.chain_arithmetic import ChainArithmetic
 from whorl.environments.check import BABBLE, Check, check_environment
+from whorl.environments.data_files import DataFile
 from whorl.environments.reverse_digits import ReverseDigits
 
 
@@ -77,6 +80,57 @@ def test_babble_must_earn_zero_with_a_reason_and_never_raise(verdict, finding: s
     [check] = [c for c in check_environment(Lenient(), num_problems=1) if c.what.startswith("babble")]
     assert not check.ok
     assert check.measured.count(finding) == len(BABBLE)
+
+
+def test_a_verifier_that_takes_any_declared_answer_is_found(tmp_path: Path) -> None:
+    """It rejects every reply that declares nothing, so babble as such says little about it."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n}?", "answer": str(n)}) + "\n" for n in range(20)))
+
+    class Gullible(DataFile):
+        def verify(self, problem: Problem, rollout: Rollout) -> Score:
+            answered = "\\boxed" in rollout.reply
+            return Score(float(answered), why="right" if answered else "no box")
+
+    checks = outcome(check_environment(make(f"data:{file}"), 3))
+    assert all(checks.values())
+    assert "babble declared as the answer is not right" in checks
+    wrong = outcome(check_environment(Gullible(str(file)), 3))
+    assert [what for what, ok in wrong.items() if not ok] == ["babble declared as the answer is not right"]
+
+
+def test_a_mixture_is_checked_task_by_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture = make("chain_arithmetic + reverse_digits")
+    levels = [make(spec).chance for spec in ("chain_arithmetic", "reverse_digits")]
+    assert mixture.chance == sum(level for level in levels if level is not None) / 2
+    checks = check_environment(mixture, num_problems=20)
+    assert all(outcome(checks).values())
+    [babble] = [check for check in checks if check.what.startswith("babble earns")]
+    assert babble.measured == f"{2 * len(BABBLE)} of {2 * len(BABBLE)}"
+    assert "a guess in the right form earns the chance level" in outcome(checks)
+    # A fault of the second task alone.
+    monkeypatch.setattr(ReverseDigits, "verify", lambda self, problem, rollout: Score(1.0, why="fine"))
+    assert outcome(check_environment(mixture, num_problems=20))["babble earns 0 and is told why"] is False
+
+
+def test_a_verifier_that_raises_on_its_own_gold_is_a_finding_and_not_a_crash() -> None:
+    class Broken(ReverseDigits):
+        def verify(self, problem: Problem, rollout: Rollout) -> Score:
+            raise KeyError("lost")
+
+    [check] = [c for c in check_environment(Broken(), 3) if c.what.startswith("gold")]
+    assert (check.ok, check.measured) == (
+        False,
+        "0 of 3 (first failure: it raised KeyError: 'lost')",
+    )
+
+
+@pytest.mark.parametrize("task", ["chain_sum", "countdown", "leg_counting"])
+def test_tasks_of_reasoning_gym_reject_declared_babble(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whorl.environments.reasoning_gym._DEADLINE_SECONDS", 1.0)
+    checks = outcome(check_environment(make(f"reasoning_gym:{task}"), 2))
+    assert all(checks.values())
+    assert "babble declared as the answer is not right" in checks
 
 
 def test_a_generator_that_ignores_the_split_is_found() -> None:

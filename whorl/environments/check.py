@@ -8,7 +8,7 @@ import numpy as np
 
 from whorl.data import Problem, Score
 from whorl.environments.base import SPLITS, Environment
-from whorl.environments.scripted import play_scripted
+from whorl.environments.scripted import play_scripted, speak
 
 BABBLE: tuple[tuple[str, str], ...] = (
     ("nothing", ""),
@@ -24,7 +24,10 @@ BABBLE: tuple[tuple[str, str], ...] = (
     ("a huge number", "7" * 50_000),
     ("a million characters", "ab1+" * 250_000),
 )
-"""Replies that no environment may reward, raise on, or leave unjudged: what they are, and the text."""
+"""Replies that no environment may reward, raise on, or leave unjudged: what they are, and the text.
+
+Put where the gold reply has its answer they may not earn full marks either; there a judge that would have to
+evaluate them may say that it could not."""
 
 
 class Check(NamedTuple):
@@ -49,7 +52,8 @@ def check_environment(environment: Environment, num_problems: int = 100) -> list
         _splits_are_disjoint(by_split),
         _gold_is_best(environment, by_split["train"]),
         _alphabet_suffices(environment, by_split["train"]),
-        _babble_is_worst(environment, by_split["train"][0]),
+        _babble_is_worst(environment, _one_of_each_task(by_split["train"])),
+        _declared_babble_is_not_right(environment, _one_of_each_task(by_split["train"])),
         _chance_holds(environment, by_split["train"]),
     ]
     return [check for check in checks if check is not None]
@@ -86,7 +90,7 @@ def _gold_is_best(environment: Environment, problems: list[Problem]) -> Check | 
         return None
     fell_short = [
         score.why or "no reason given"
-        for score in (_score(environment, problem, gold) for problem, gold in played)
+        for score in (_score_or_fault(environment, problem, gold) for problem, gold in played)
         if score.reward is None or abs(score.reward - best) > 1e-9
     ]
     measured = f"{len(played) - len(fell_short)} of {len(played)}"
@@ -101,7 +105,7 @@ def _alphabet_suffices(environment: Environment, problems: list[Problem]) -> Che
     used: set[str] = set()
     for problem in problems:
         gold = environment.gold(problem)
-        rollout = play_scripted(environment, problem, gold or ())
+        rollout = speak(environment, problem, gold or ())
         used.update(*(turn.text for turn in rollout.transcript))
     missing = "".join(sorted(used - set(environment.alphabet)))
     return Check(
@@ -112,25 +116,45 @@ def _alphabet_suffices(environment: Environment, problems: list[Problem]) -> Che
     )
 
 
-def _babble_is_worst(environment: Environment, problem: Problem) -> Check:
+def _one_of_each_task(problems: list[Problem]) -> list[Problem]:
+    """The first problem of each source: of each task of a mixture, which has a verifier of its own."""
+    return list({problem.source: problem for problem in reversed(problems)}.values())[::-1]
+
+
+def _babble_is_worst(environment: Environment, problems: list[Problem]) -> Check:
     """Every turn of the episode is the same babble; it must earn the lowest reward and be told why."""
     worst = environment.reward_range[0]
     faults = []
-    for what, text in BABBLE:
-        try:
-            score = _score(environment, problem, itertools.repeat(text))
-        except Exception as error:  # a verifier must judge any text: whatever it raises here is the finding
-            faults.append(f"{what}: {type(error).__name__}")
-            continue
+    for problem, (what, text) in itertools.product(problems, BABBLE):
+        score = _score_or_fault(environment, problem, itertools.repeat(text))
         if score.reward is None or abs(score.reward - worst) > 1e-9:
-            faults.append(f"{what}: reward {score.reward}")
+            faults.append(f"{what}: {_outcome(score)}")
         elif not score.why:
             faults.append(f"{what}: no reason given")
+    wanted = f"{len(BABBLE) * len(problems)} of {len(BABBLE) * len(problems)}"
+    return Check(f"babble earns {worst:g} and is told why", "; ".join(faults) or wanted, wanted, not faults)
+
+
+def _declared_babble_is_not_right(environment: Environment, problems: list[Problem]) -> Check | None:
+    """The gold reply, with babble in place of the answer in it. None where the reply is nothing but the answer."""
+    best = environment.reward_range[1]
+    faults, num_tried = [], 0
+    for problem, (what, text) in itertools.product(problems, BABBLE):
+        gold = environment.gold(problem)
+        if not gold or not problem.answer or problem.answer not in gold[-1] or problem.answer == gold[-1]:
+            continue
+        num_tried += 1
+        replies = (*gold[:-1], gold[-1].replace(problem.answer, text))
+        score = _score_or_fault(environment, problem, replies)
+        if score.why.startswith(_FAULT) or (score.reward is not None and score.reward > best - 1e-9):
+            faults.append(f"{what}: {_outcome(score)}")
+        elif not score.why:
+            faults.append(f"{what}: no reason given")
+    if not num_tried:
+        return None
+    wanted = f"{num_tried} of {num_tried}"
     return Check(
-        f"babble earns {worst:g} and is told why",
-        "; ".join(faults) or f"{len(BABBLE)} of {len(BABBLE)}",
-        f"{len(BABBLE)} of {len(BABBLE)}",
-        not faults,
+        "babble declared as the answer is not right", "; ".join(faults) or wanted, wanted, not faults
     )
 
 
@@ -150,7 +174,7 @@ def _chance_holds(environment: Environment, problems: list[Problem]) -> Check | 
             replies = environment.guess(problem, rng)
             if replies is None or chance is None:
                 return None
-            rewards.append(_score(environment, problem, replies).reward)
+            rewards.append(_score_or_fault(environment, problem, replies).reward)
         if None in rewards:
             return Check("chance level", "a guess could not be judged", f"{chance:.4g}", False)
         means.append(float(np.mean(rewards)))
@@ -169,7 +193,19 @@ def _chance_holds(environment: Environment, problems: list[Problem]) -> Check | 
     )
 
 
-def _score(environment: Environment, problem: Problem, replies: Iterable[str]) -> Score:
-    score = play_scripted(environment, problem, replies).score
+def _outcome(score: Score) -> str:
+    reason = f" ({score.why})" if score.reward is None and score.why else ""
+    return f"reward {score.reward}{reason}"
+
+
+_FAULT = "it raised "
+
+
+def _score_or_fault(environment: Environment, problem: Problem, replies: Iterable[str]) -> Score:
+    """The verdict; None with the reason if there was an exception, which is a finding and not an end of the check."""
+    try:
+        score = play_scripted(environment, problem, replies).score
+    except Exception as error:
+        return Score(None, why=f"{_FAULT}{type(error).__name__}: {error}")
     assert score is not None, "play_scripted judges what it plays"
     return score

@@ -79,7 +79,14 @@ class ScriptedPolicy:
 def play_scripted(
     environment: Environment, problem: Problem, replies: Iterable[str], *, sample: int = 0
 ) -> Rollout:
-    """One judged episode in which the policy says `replies`. Works inside and outside an event loop.
+    """One judged episode in which the policy says `replies`."""
+    rollout = speak(environment, problem, replies, sample=sample)
+    rollout.score = environment.verify(problem, rollout)
+    return rollout
+
+
+def speak(environment: Environment, problem: Problem, replies: Iterable[str], *, sample: int = 0) -> Rollout:
+    """The episode without its verdict. Works inside and outside an event loop.
 
     A scripted policy never waits, so the episode runs to its end in one go; RuntimeError if the environment
     itself awaits something.
@@ -95,6 +102,4 @@ def play_scripted(
         raise RuntimeError(
             f"{environment.name} awaits more than its policy, so it cannot be played by a script"
         )
-    rollout = policy.rollout(problem)
-    rollout.score = environment.verify(problem, rollout)
-    return rollout
+    return policy.rollout(problem)

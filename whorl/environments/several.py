@@ -45,8 +45,10 @@ class Several(Environment):
         return min(part.reward_range[0] for part in self.parts), self.parts[0].reward_range[1]
 
     @property
-    def chance(self) -> None:
-        return None
+    def chance(self) -> float | None:
+        """The mean of the tasks' levels, which take turns; None if one of them has none."""
+        levels = [part.chance for part in self.parts if part.chance is not None]
+        return sum(levels) / len(levels) if len(levels) == len(self.parts) else None
 
     @property
     def notice(self) -> str | None:
