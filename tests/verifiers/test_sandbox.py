@@ -1,6 +1,7 @@
 """The sandbox itself, with programs that are harmless; hostile ones are in `test_hostile_programs.py`."""
 
 import os
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_nothing_is_left_of_a_program_that_is_killed(backend: Backend) -> None:
             os.kill(int(process_id), 0)
         assert not Path(directory).exists()
     else:
-        assert (process_id, directory) == ("2", "/tmp")
+        assert (process_id, directory) == ("2", bubblewrap.DIRECTORY)
 
 
 @pytest.mark.usefixtures("backend")
@@ -82,6 +83,18 @@ def test_a_program_knows_nothing_of_our_environment(monkeypatch: pytest.MonkeyPa
     assert run.succeeded
     assert "swordfish" not in run.stdout
     assert "site-packages" not in run.stdout
+
+
+@pytest.mark.usefixtures("backend")
+def test_it_works_for_a_checkout_in_the_folder_for_temporary_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("confine.py", "program_talk.py"):
+        shutil.copy(sandbox._HERE / name, tmp_path / name)
+    monkeypatch.setattr(sandbox, "_HERE", tmp_path)
+    monkeypatch.setattr(program, "_HERE", tmp_path)
+    assert run_program("print(1)", limits=LIMITS).stdout == "1\n"
+    assert verify_program("def f(): return 1", [Assertion("assert f() == 1")], LIMITS).reward == 1.0
 
 
 def test_a_program_in_namespaces_is_alone(backend: Backend) -> None:

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-DIRECTORY = "/tmp"
-"""The program's private directory, as it sees it."""
+DIRECTORY = "/program"
+"""The program's private directory, as it sees it. Not /tmp, where Whorl or Python may lie."""
 _NOBODY = "65534"
 _FIRST_UNUSED_USER, _NUM_UNUSED_USERS = 0x70000000, 0x0FFFFFFF
 """User numbers far above those of people, services and containers. Each run takes one at random."""

@@ -219,7 +219,9 @@ class Sandbox:
             ):
                 return "too many threads"
             if self._wrapped and not self._directory:
-                self._directory = f"/proc/{json.loads(os.read(self._info, 4096))['child-pid']}/root/tmp"
+                self._directory = (
+                    f"/proc/{json.loads(os.read(self._info, 4096))['child-pid']}/root{bubblewrap.DIRECTORY}"
+                )
             if self._wrapped:
                 inside = os.statvfs(self._directory)
                 return "too many files" if inside.f_files - inside.f_ffree > self.limits.num_files else ""
