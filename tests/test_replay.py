@@ -62,6 +62,7 @@ def files(path: Path) -> dict[str, tuple[int, int]]:
         {"algorithm": "PPO", "updates_per_batch": 2},  # a critic
         {"algorithm": "REMAX"},  # a greedy rollout of each problem
         {"algorithm": "CISPO", "max_redraws": 3},  # dynamic sampling
+        {"replay_experts": True, "updates_per_batch": 2},  # the sampler's experts are recorded
         {"cores": 2},  # player processes, and two threads that learn
     ],
     ids=lambda changes: ",".join(map(str, changes.values())) or "CISPO",
@@ -228,7 +229,7 @@ def test_every_token_column_of_a_rollout_is_recorded():
     from dataclasses import fields
 
     per_token = {field.name for field in fields(Rollout) if field.name.endswith("_T")}
-    assert per_token == set(TOKEN_COLUMNS.values())
+    assert per_token == {*TOKEN_COLUMNS.values(), "experts_T"}
 
 
 def test_the_arrays_of_a_run_are_recorded_in_their_own_types(finished):

@@ -27,6 +27,9 @@ from whorl.updates import learn, make_batch
 LEARNER_GROUPS = ("policy", "gradient", "sampler", "experts", "critic")
 """Groups of the metric table that the learner fills: what a replay has to give again."""
 
+NOT_LEARNED = ("probe_gap_nats",)
+"""Of these groups, what the loop fills when it delivers weights to the sampler."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -95,6 +98,7 @@ def replay(path: Path | str, step: int | None, progress: Progress | None = None)
             metrics, stopped = {}, str(stop)
         row = recorded.get(number, {})
         names = {name for name in row if describe(name).group in LEARNER_GROUPS} | set(metrics)
+        names -= set(NOT_LEARNED)
         numbers += [Compared(number, name, row.get(name), metrics.get(name)) for name in _in_order(names)]
         if stopped is not None:
             break

@@ -23,7 +23,7 @@ from whorl.data import Batch, Group, Message, Problem, Score, pack
 from whorl.learning import packing
 from whorl.learning.learner import Learner
 from whorl.learning.optimizer import OptimizerSettings
-from whorl.loop import split_for_updates, train
+from whorl.loop import train
 from whorl.model.layout import Layout
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
@@ -31,6 +31,7 @@ from whorl.sampling.dialogue import Dialogue
 from whorl.sampling.draw import Sampling, stream_key
 from whorl.sampling.engine import Engine
 from whorl.sampling.request import Request
+from whorl.updates import split_for_updates
 
 TOKENIZER = Tokenizer.characters("0123456789")
 CONFIG = tiny_config(vocab_size=TOKENIZER.vocab_size, num_experts=4, experts_per_token=2, max_context=256)

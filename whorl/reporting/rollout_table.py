@@ -101,6 +101,11 @@ def to_table(
     }
     for column, attribute in TOKEN_COLUMNS.items():
         columns[column] = _lists([getattr(r, attribute) for r in rollouts])
+    if any(r.experts_T is not None for r in rollouts):
+        experts = [r.experts_T for r in rollouts]
+        shape = next(e.shape[1:] for e in experts if e is not None)
+        columns["experts"] = _lists([None if e is None else e.reshape(-1) for e in experts])
+        columns["experts_shape"] = pa.array([list(shape)] * len(rollouts), pa.list_(pa.int64()))
     columns["advantage"] = _lists(advantage_of)
     if token_text is not None:
         pieces = {
@@ -114,7 +119,8 @@ def to_table(
 
 def from_table(table: pa.Table) -> list[StoredRollout]:
     """The rollouts of a table that `to_table` made, in its order."""
-    arrays = {name: _arrays(table[name]) for name in (*TOKEN_COLUMNS, "advantage")}
+    present = [name for name in (*TOKEN_COLUMNS, "advantage", "experts") if name in table.column_names]
+    arrays = {name: _arrays(table[name]) for name in present}
     plain = {name: table[name].to_pylist() for name in table.column_names if name not in arrays}
     stored, problems = [], {}
     for row in range(table.num_rows):
@@ -132,6 +138,8 @@ def from_table(table: pa.Table) -> list[StoredRollout]:
             score=Score(get["reward"], dict(get["parts"]), get["why"]) if get["verified"] else None,
             error=get["error"],
         )
+        if "experts" in arrays and (flat := arrays["experts"][row]) is not None:
+            rollout.experts_T = flat.reshape(-1, *get["experts_shape"])
         pieces = tuple(get["pieces"]) if "pieces" in get else None
         place, greedy = get.get("batch_group"), get.get("greedy_reward")
         stored.append(StoredRollout(rollout, arrays["advantage"][row], pieces, place, greedy))
