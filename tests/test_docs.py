@@ -26,6 +26,7 @@ from whorl import cli
 from whorl.algorithms.catalog import ALGORITHMS
 from whorl.environments import catalog as environments
 from whorl.environments.chats import Chats
+from whorl.recipes.catalog import recipe_names
 from whorl.settings import AnySettings, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +136,8 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         elif settings is not None:
             Chats(settings.data, settings.held_out)
         return
+    if command == "check" and concrete and rest[0] in recipe_names():
+        return check_command(["train", *rest], monkeypatch)
     if command == "check" and concrete and not rest[0].startswith("-") and rest[0] not in cli.PROMISES:
         environments.make(rest[0])
     known = flags_of("train", "quickstart") if command == "train" else flags_of(command)
