@@ -42,7 +42,7 @@ START = (
 
 STEPS = (
     Moment("generation", ENGINE, 3, phase="rollouts"),
-    Moment("verification", "whorl.rollouts:Player._verify", 2, phase="rollouts", entry=2),
+    Moment("verification", "whorl.verdicts:Verdicts.judge", 2, phase="rollouts", entry=2),
     Moment("updates: gradient alone", f"{LEARNER}.optim_step", phase="updates"),
     Moment("updates: after the first", f"{LEARNER}.optim_step", after=True, phase="updates", entry=2),
     Moment("evaluation", ENGINE, 2, phase="evaluation"),
