@@ -117,6 +117,6 @@ def test_a_run_does_not_start_from_a_folder_whose_tokenizer_it_cannot_read(tmp_p
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).save(
         str(source / "tokenizer.json")
     )
-    with pytest.raises(ValueError, match=r"has no chat template"):
+    with pytest.raises(ValueError, match=r"has no special token"):
         start_run("tiny", settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()

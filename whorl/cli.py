@@ -155,6 +155,7 @@ def _resume(words: list[str]) -> int:
 
         opened = open_any(run)
         if opened.finished:
+            opened.progress = _console(opened)
             print(f"{run} is finished: step {opened.step} of {opened.num_steps}")
             return _conclude(opened, None)  # again, as it may have been killed before or while it did
         return _carry_on(opened)
@@ -165,12 +166,11 @@ def _resume(words: list[str]) -> int:
 def _carry_on(run) -> int:
     """Train to the end or until asked to stop, summarise, write the report."""
     from whorl.loop import train
-    from whorl.reporting.console import COLUMNS, SUPERVISED_COLUMNS, Console
     from whorl.run import open_tracker
     from whorl.supervised_run import SupervisedRun, fine_tune
 
     supervised = isinstance(run, SupervisedRun)
-    run.progress = Console(run.num_steps, columns=SUPERVISED_COLUMNS if supervised else COLUMNS)
+    run.progress = _console(run)
     run.tracker = open_tracker(run)
     print(f"run directory: {run.directory.path}", flush=True)
     _say_notice(run.environment)
@@ -191,6 +191,14 @@ def _carry_on(run) -> int:
     if run.tracker is not None:
         run.tracker.finish()
     return _conclude(run, reason)
+
+
+def _console(run):
+    """The progress display of a run of either kind."""
+    from whorl.reporting.console import COLUMNS, SUPERVISED_COLUMNS, Console
+    from whorl.supervised_run import SupervisedRun
+
+    return Console(run.num_steps, columns=SUPERVISED_COLUMNS if isinstance(run, SupervisedRun) else COLUMNS)
 
 
 def _conclude(run, reason: str | None) -> int:

@@ -321,7 +321,7 @@ def open_supervised(
 def open_any(path: Path | str, step: int | None = None, *, read_only: bool = False) -> Run | SupervisedRun:
     """The run at `path`, whatever its kind."""
     place = RunDirectory.open(path).config.get("settings_class")
-    if place is not None and issubclass(settings_class(place), SupervisedSettings):
+    if isinstance(place, str) and issubclass(settings_class(place), SupervisedSettings):
         return open_supervised(path, step=step, read_only=read_only)
     return open_run(path, step=step, read_only=read_only)
 

@@ -228,6 +228,8 @@ class HuggingFaceTokenizer:
                     normalized=False,
                 )
             )
+        if not self._special:
+            raise ValueError(f"{where} has no special token, so nothing could end the model's turn")
         self._inner.add_tokens(added)
         marks = {index: self._inner.token_to_id(mark) for index, mark in self._marks.items()}
         if any(mark is None or mark < self.vocab_size for mark in marks.values()):
