@@ -272,6 +272,19 @@ def test_an_environment_that_fails_in_an_episode_is_recorded_with_its_error(tmp_
     assert errors == ["environment: KeyError: 'lost'"] * 4
 
 
+def test_a_limit_of_the_cache_changes_no_rollout_and_is_logged(tmp_path, monkeypatch):
+    free = tiny_run(tmp_path / "free", monkeypatch, num_steps=2)
+    tight = tiny_run(tmp_path / "tight", monkeypatch, num_steps=2, max_cached_tokens=50)
+    for run in (free, tight):
+        run.warm = True
+        train(run)
+    assert all("preemptions" not in row for row in free.directory.history())
+    assert [row["preemptions"] for row in tight.directory.history() if row["step"]] == [0, 0]
+    assert tight.engine._state.num_slots < free.engine._state.num_slots
+    one, other = (run.directory.read_rollouts(1) for run in (free, tight))
+    assert [a.rollout.tokens_T.tolist() for a in one] == [b.rollout.tokens_T.tolist() for b in other]
+
+
 def test_weights_that_never_reached_the_sampler_stop_the_run(tmp_path, monkeypatch):
     run = tiny_run(tmp_path / "run", monkeypatch, num_steps=4)
     import copy

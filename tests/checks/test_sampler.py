@@ -154,6 +154,7 @@ def costs(models) -> dict[str, Cost]:
 def test_the_table_has_all_eight_combinations_of_model_state_and_head(costs):
     assert sorted(costs) == ["bbb", "bbf", "bfb", "bff", "fbb", "fbf", "ffb", "fff"]
     assert len(table_of_costs(list(costs.values())).rows) == 8
+    assert {cost.rerouted_frac for cost in costs.values()} == {None}
 
 
 def test_each_bf16_choice_costs_a_thousand_times_the_fp32_gap(costs):
@@ -174,6 +175,16 @@ def test_the_library_s_own_choice_in_bf16_keeps_its_limit_and_a_worse_one_would_
     assert row_of_costs(rows).ok
     worse = costs["bff"]._replace(gap=costs["bff"].gap | {"sampler_gap_mean_nats": 0.05})
     assert not row_of_costs([worse]).ok
+
+
+def test_the_table_says_how_many_tokens_each_choice_sends_to_other_experts(models):
+    found = precision_costs(models["hybrid, experts"], num_tokens=60)
+    share = {tuple(cost[:3]): cost.rerouted_frac for cost in found}
+    fp32, bf16 = torch.float32, torch.bfloat16
+    assert share[fp32, fp32, fp32] == share[fp32, fp32, bf16] == 0
+    assert share[bf16, fp32, fp32] == share[bf16, fp32, bf16]
+    assert 0.005 < share[bf16, fp32, fp32] < 0.2
+    assert next(iter(table_of_costs(found).columns[-1].cells)) == "0.00%"
 
 
 def test_the_truth_must_be_fp32(models):

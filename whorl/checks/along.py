@@ -30,9 +30,15 @@ def experts_differ(sampler: Transformer, learner: Transformer, tokens_ST: Tensor
     _, forward_LSTk = forward_along(learner, tokens_ST)
     if decoded_LSTk is None or forward_LSTk is None:
         raise ValueError("experts_differ compares models with experts; these feed-forward layers are dense")
-    # The order of a token's experts says which got more weight; the set is what was computed.
-    same_ST = (decoded_LSTk.sort(dim=-1)[0] == forward_LSTk.sort(dim=-1)[0]).all(dim=-1).all(dim=0)
-    return float((~same_ST)[real_ST].double().mean())
+    return float(differing(decoded_LSTk, forward_LSTk)[real_ST].double().mean())
+
+
+def differing(one_LSTk: Tensor, other_LSTk: Tensor) -> Tensor:
+    """Which tokens `[S, T]` went to other experts in some layer.
+
+    The order of a token's experts says which got more weight; the set is what was computed.
+    """
+    return (one_LSTk.sort(dim=-1)[0] != other_LSTk.sort(dim=-1)[0]).any(dim=-1).any(dim=0)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
-from whorl.checks.along import decode_along, forward_along
+from whorl.checks.along import decode_along, differing, forward_along
 from whorl.checks.sampler import small_models
 from whorl.checks.table import Row
 from whorl.data import Metrics
@@ -35,7 +35,8 @@ limit on the largest gap: where two experts are nearly as probable, bf16 picks t
 
 class Cost(NamedTuple):
     """The gap to fp32 of one choice of precisions; `first` and `last` are mean gaps in nats of the tokens of the
-    first and the last quarter of the sequences, and show whether the gap grows."""
+    first and the last quarter of the sequences, and show whether the gap grows. `rerouted_frac` is the share of tokens
+    that went to other experts (None: a dense model); the head has no part in it."""
 
     model: torch.dtype
     state: torch.dtype
@@ -43,6 +44,7 @@ class Cost(NamedTuple):
     gap: Metrics
     first: float
     last: float
+    rerouted_frac: float | None = None
 
 
 @torch.no_grad()
@@ -57,24 +59,29 @@ def precision_costs(model: Transformer | None = None, *, num_tokens: int = NUM_T
             f"the truth is computed by a float32 model; this one is in {truth.embed_tokens.weight.dtype}"
         )
     tokens_ST = _written_by(truth, num_tokens)
-    hidden_STD, _ = forward_along(truth, tokens_ST)
+    hidden_STD, true_LSTk = forward_along(truth, tokens_ST)
     true_ST = _logp(truth.logits(hidden_STD), tokens_ST)
     costs = []
     for dtype, state in itertools.product((torch.float32, torch.bfloat16), repeat=2):
         network = truth if dtype == torch.float32 else copy.deepcopy(truth).to(dtype)
-        hidden_STD, _ = decode_along(network, tokens_ST, round_state if state == torch.bfloat16 else None)
+        hidden_STD, chosen_LSTk = decode_along(
+            network, tokens_ST, round_state if state == torch.bfloat16 else None
+        )
         heads: dict[torch.dtype, Callable] = {
             torch.float32: network.logits,
             torch.bfloat16: bf16_head(network),
         }
         for head, logits in heads.items():
-            costs.append(_cost((dtype, state, head), true_ST, _logp(logits(hidden_STD), tokens_ST)))
+            cost = _cost((dtype, state, head), true_ST, _logp(logits(hidden_STD), tokens_ST))
+            if true_LSTk is not None and chosen_LSTk is not None:
+                cost = cost._replace(rerouted_frac=float(differing(true_LSTk, chosen_LSTk).double().mean()))
+            costs.append(cost)
     return costs
 
 
 def table_of_costs(costs: Sequence[Cost]) -> Table:
     """For the terminal: a row for each choice of precisions, gaps in nats."""
-    columns = ("model", "state", "head", "mean", "p99", "max", "1st 1/4", "last 1/4", "correl.")
+    columns = ("model", "state", "head", "mean", "p99", "max", "1st 1/4", "last 1/4", "correl.", "rerouted")
     title = "gap to fp32 along a decoded sequence, in nats (mean over all, the first and the last quarter)"
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     for column in columns:
@@ -86,7 +93,8 @@ def table_of_costs(costs: Sequence[Cost]) -> Table:
             cost.first, cost.last,
         )  # fmt: skip
         names = ("bf16" if dtype == torch.bfloat16 else "fp32" for dtype in cost[:3])
-        table.add_row(*names, *(f"{x:.1e}" for x in gaps), f"{gap['sampler_prob_correlation']:.6f}")
+        rerouted = "-" if cost.rerouted_frac is None else f"{cost.rerouted_frac:.2%}"
+        table.add_row(*names, *(f"{x:.1e}" for x in gaps), f"{gap['sampler_prob_correlation']:.6f}", rerouted)
     return table
 
 

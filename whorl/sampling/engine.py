@@ -208,10 +208,11 @@ class Engine:
         pieces: list[tuple[Prefix, tuple[int, ...]]] = []
         num_rows, longest = len(self._rows), self._table.longest(len(self._rows), HEADROOM_TOKENS)
         for prefix in self._waiting:
-            # Read as if each prefix became one running sequence, and no more than can run.
-            num_rows, longest = num_rows + 1, max(longest, self._length_soon(prefix))
-            if num_rows > 1 and not self._fits(num_rows, longest):
-                break
+            if self.max_cached_tokens:
+                # Read as if each prefix became one running sequence, and no more than can run.
+                num_rows, longest = num_rows + 1, max(longest, self._length_soon(prefix))
+                if num_rows > 1 and not self._fits(num_rows, longest):
+                    break
             if prefix.logits_V is not None:
                 continue
             piece = prefix.tokens[prefix.num_read : prefix.num_read + budget]
@@ -246,7 +247,7 @@ class Engine:
         """Fork prefixes that have been read into free running slots, and draw their first tokens."""
         first = len(self._rows)
         logits: list[Tensor] = []
-        for prefix in self._waiting:
+        for prefix in list(self._waiting) if first < self.max_running else ():
             if prefix.logits_V is None:
                 continue
             count = self._num_admitted(prefix)

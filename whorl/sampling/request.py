@@ -119,8 +119,7 @@ class Waiting:
         return bool(self._prefixes)
 
     def __iter__(self) -> Iterator[Prefix]:
-        """Over a copy: what waits may be taken meanwhile."""
-        return iter(list(self._prefixes.values()))
+        return iter(self._prefixes.values())
 
     def add(self, running: Running) -> None:
         prefix = Prefix(running.request.snapshot, running.unread)
@@ -144,7 +143,7 @@ class Waiting:
 
     def drop(self, running: Running) -> None:
         """Forget a request, if it waits here."""
-        for prefix in self:
+        for prefix in list(self):
             if running in prefix.waiting:
                 prefix.waiting.remove(running)
                 if not prefix.waiting:
