@@ -42,6 +42,7 @@ def test_the_gap_is_the_largest_difference_and_nothing_else_passes():
         probe_gap(Probe(3, first), Probe(4, first), limit_nats=0.2, teller="it")
     with pytest.raises(ValueError, match="differ by nan nats"):
         probe_gap(Probe(4, first * np.nan), Probe(4, first), limit_nats=0.2, teller="it")
+    assert probe_gap(Probe(4, first * np.nan), Probe(4, first * np.nan), limit_nats=0.2, teller="it") == 0
 
 
 def run_with_own_weights(tmp_path, monkeypatch, **changes):

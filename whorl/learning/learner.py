@@ -221,9 +221,8 @@ class Learner:
             seen.compared.append(torch.stack([logp_N, columns["logp_sampler_N"]])[:, trained_N])
             if "experts_N" in part:
                 recorded_ULk = part["experts_N"].to(self.device)[layout.source_U]
-                num_recorded = (part["experts_N"][:, 0, 0] >= 0).sum()
-                seen.sums["experts_differ"] = num_rerouted(hidden.routing, recorded_ULk, layout.copies_U)
-                seen.sums["experts_recorded"] = num_recorded.to(self.device)
+                sums = num_rerouted(hidden.routing, recorded_ULk, layout.copies_U)
+                seen.sums["experts_differ"], seen.sums["experts_recorded"] = sums
         return gradients, seen
 
     def _add_gradient(self, gradients: tuple[Tensor | None, ...] | None) -> None:

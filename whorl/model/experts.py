@@ -101,17 +101,18 @@ def _grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(rows, weight.transpose(-1, -2), offs=ends)
 
 
-def num_rerouted(routing: list[Routing], recorded_NLk: Tensor, copies_N: Tensor) -> Tensor:
-    """Tokens (each counted `copies_N` times) whose router would now choose other experts in some layer.
+def num_rerouted(routing: list[Routing], recorded_NLk: Tensor, copies_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (each counted `copies_N` times) whose router would now choose other experts in some layer, and all
+    whose choice was recorded (not -1).
 
-    The order of a token's experts says which got more weight; the set is what is computed. A token whose
-    choice was not recorded (-1) does not count.
+    The order of a token's experts says which got more weight; the set is what is computed.
     """
     differs_N = torch.zeros_like(copies_N, dtype=torch.bool)
     for layer, recorded_Nk in zip(routing, recorded_NLk.unbind(dim=1), strict=True):
         live_Nk = layer.probs_NE.topk(recorded_Nk.shape[1], dim=-1).indices
         differs_N |= (live_Nk.sort(dim=-1).values != recorded_Nk.sort(dim=-1).values).any(dim=-1)
-    return (copies_N * (differs_N & (recorded_NLk[:, 0, 0] >= 0))).sum()
+    known_N = recorded_NLk[:, 0, 0] >= 0
+    return (copies_N * (differs_N & known_N)).sum(), (copies_N * known_N).sum()
 
 
 def load_balance_loss(routing: list[Routing], share_LE: Tensor, weight_N: Tensor) -> Tensor:
