@@ -1,5 +1,6 @@
 """The sandbox itself, with programs that are harmless; hostile ones are in `test_hostile_programs.py`."""
 
+import fcntl
 import os
 import shutil
 import time
@@ -83,6 +84,29 @@ def test_a_program_knows_nothing_of_our_environment(monkeypatch: pytest.MonkeyPa
     assert run.succeeded
     assert "swordfish" not in run.stdout
     assert "site-packages" not in run.stdout
+
+
+def test_directories_of_killed_runs_are_removed_and_no_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "file").write_text("keep me")
+    for name in ("abandoned", "in-use", "new"):
+        (tmp_path / f"whorl-program-{name}" / "folder").mkdir(parents=True)
+        if name != "new":
+            os.utime(tmp_path / f"whorl-program-{name}", (0, 0))
+    (tmp_path / "whorl-program-link").symlink_to(theirs)
+    lock = os.open(tmp_path / "whorl-program-in-use", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    sandbox._remove_abandoned.cache_clear()
+    use(monkeypatch, Backend(None, "a test asked for it"))
+    assert run_program("print(1)", limits=LIMITS).succeeded
+    os.close(lock)
+    left = ["theirs", "whorl-program-in-use", "whorl-program-link", "whorl-program-new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert (theirs / "file").read_text() == "keep me"
 
 
 @pytest.mark.usefixtures("backend")

@@ -9,6 +9,7 @@ Programs have the standard library and nothing else.
 """
 
 import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -30,6 +31,7 @@ from whorl.verifiers import bubblewrap
 from whorl.verifiers.pool import SYSTEM_PATHS, environment_of_children
 
 _HERE = Path(__file__).parent
+_PREFIX = "whorl-program-"
 _WATCH_SECONDS = 0.05
 """How often a running program is looked at, for what no limit of the kernel counts."""
 
@@ -114,8 +116,12 @@ class Sandbox:
         self._cleanup.close()
 
     def _start_alone(self) -> subprocess.Popen[bytes]:
-        self._directory = tempfile.mkdtemp(prefix="whorl-program-")
+        _remove_abandoned()
+        self._directory = tempfile.mkdtemp(prefix=_PREFIX)
         self._cleanup.callback(_remove, self._directory)
+        lock = os.open(self._directory, os.O_RDONLY)
+        self._cleanup.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends, however it does
         Path(self._directory, "program.py").write_bytes(self._source)
         return self._popen([], self._directory, {}, cwd=self._directory)
 
@@ -295,6 +301,21 @@ def _remove(directory: str) -> None:
                 os.rmdir(folder)
     with contextlib.suppress(OSError):
         os.rmdir(directory)
+
+
+@functools.cache
+def _remove_abandoned() -> None:
+    """Remove the directories of runs that were killed: ours, a minute old or more, and locked by nobody."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                found = os.fstat(lock)
+                if found.st_uid == os.geteuid() and time.time() - found.st_mtime > 60:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(str(path))
+            finally:
+                os.close(lock)
 
 
 def _python() -> str:
