@@ -1,5 +1,6 @@
 """A run that cannot go on stops in one sentence, with what it knows written down and its checkpoint intact."""
 
+import gc
 import math
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from whorl.learning.optimizer import OptimizerSettings
 from whorl.loop import train
 from whorl.replay import replay, replayable_steps, verdict
 from whorl.reporting.report import build_report
+from whorl.reporting.run_directory import RunDirectory
 from whorl.run import Run, open_run
 from whorl.sampling.draw import DrawSettings, NotFinite, Sampling, draw
 from whorl.sampling.engine import Engine, Request
@@ -321,9 +323,10 @@ def test_a_process_whose_memory_is_limited_says_what_to_lower_and_exits_with_1(t
     """A real limit of the address space, met by a real allocation, in a process of its own."""
     large = {"problems_per_step": 32, "rollouts_per_problem": 32, "token_budget": 10**6}
     large = large if phase == "learning" else {}
-    run = warm_run(
+    directory = warm_run(
         tmp_path / "run", monkeypatch, max_running=64 if large else 4096, sampling=Sampling(max_tokens=24), **large
-    )  # fmt: skip
+    ).directory.path  # fmt: skip
+    gc.collect()  # and with the run its lock is gone
     code = f"""
 import contextlib, resource, sys
 from pathlib import Path
@@ -363,7 +366,7 @@ else:
 sys.exit(main(["resume", sys.argv[1]]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(run.directory.path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stderr[-2000:]
     assert "Traceback" not in done.stderr, done.stderr
@@ -377,15 +380,15 @@ sys.exit(main(["resume", sys.argv[1]]))
     else:
         assert "in the evaluation after step 0" in said
         assert "max_running (now 4096)" in said
-    assert (run.directory.path / "report.html").exists()
-    stop_reason = run.directory.stop_reason
+    assert (directory / "report.html").exists()
+    stop_reason = RunDirectory.open(directory).stop_reason
     assert stop_reason is not None
     assert "out of memory" in stop_reason
     monkeypatch.undo()
     know_tiny(monkeypatch)
     monkeypatch.setattr(ChainArithmetic, "verify", odd)
     if phase == "learning":
-        assert open_run(run.directory.path).step == 0
+        assert open_run(directory).step == 0
 
 
 # Rollouts that hold nothing to learn from
