@@ -7,14 +7,18 @@ import pytest
 import torch
 import transformers
 
+from tests.model.chats import write_folder
 from tests.parity.families import gap, our_logits, saved, their_logits, theirs, tokens_of
 from tests.support import Tiny, know_tiny
 from whorl.cli import main
-from whorl.data import Message
+from whorl.data import Message, Score
+from whorl.environments.chain_arithmetic import ChainArithmetic
 from whorl.loop import train
 from whorl.model.formats.pretrained import load_pretrained
+from whorl.model.pretrained_tokenizer import load_tokenizer
 from whorl.origin import load_trained
 from whorl.run import start_run
+from whorl.settings import ColdStart
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,34 @@ def test_a_run_does_not_start_from_a_folder_whose_tokenizer_it_cannot_read(tmp_p
     with pytest.raises(ValueError, match=r"has no special token"):
         start_run("tiny", settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "minimax"])
+def test_a_model_of_others_with_its_own_chat_template_is_trained_converted_and_answers_there(
+    family, tmp_path, capsys, monkeypatch
+):
+    """From their folder to reinforcement learning and back: the same tokens, the learner's logits."""
+    tokenizer = load_tokenizer(write_folder(tmp_path / "theirs", "qwen2"))
+    saved(theirs(family, vocab_size=tokenizer.vocab_size), tmp_path / "theirs")
+    settings = replace(
+        Tiny(), model=str(tmp_path / "theirs"), max_context=200, cold_start=ColdStart(), num_steps=2
+    )
+    # A verdict that random answers differ in.
+    monkeypatch.setattr(
+        ChainArithmetic, "verify", lambda self, problem, rollout: Score(float(rollout.tokens_T[-1] % 2))
+    )
+    run = start_run("quickstart", settings, tmp_path / "run")
+    assert train(run) is None
+    assert run.learner.version == 2
+    assert run.directory.history()[-1]["sampler_gap_max_nats"] <= 1e-5
+    said(capsys, "convert", tmp_path / "run", tmp_path / "back", "--format", family)
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", attn_implementation="eager"
+    ).eval()
+    chat = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    messages = [Message("user", "What is 3 + 4?")]
+    ours = [i for _, ids in tokenizer.render(messages, generation=True) for i in ids]
+    content = [{"role": "user", "content": "What is 3 + 4?"}]
+    assert chat.apply_chat_template(content, add_generation_prompt=True, return_dict=False) == ours
+    tokens = torch.tensor(ours)
+    assert gap(our_logits(run.model, tokens)[0], their_logits(back, tokens)) <= 2e-5
