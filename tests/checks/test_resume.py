@@ -1,5 +1,7 @@
 """Promise 3, on real processes that are really killed; `whorl check resume` does the same at more moments."""
 
+import functools
+import importlib
 import random
 import shutil
 from pathlib import Path
@@ -171,3 +173,9 @@ def write(name: str, content: str):
 def test_every_other_difference_is_told(pair, change, told):
     change(pair[1])
     assert differences(*pair) == [told]
+
+
+@pytest.mark.parametrize("moment", START + STEPS, ids=lambda moment: moment.name)
+def test_every_moment_is_a_function_that_exists(moment):
+    module, _, names = moment.place.partition(":")
+    assert callable(functools.reduce(getattr, names.split("."), importlib.import_module(module)))

@@ -29,7 +29,7 @@ ENGINE, LEARNER = "whorl.sampling.engine:Engine.step", "whorl.learning.learner:L
 ROW = "whorl.reporting.run_directory:RowLog"
 
 START = (
-    Moment("start", "whorl.model.tokenizer:Tokenizer.to_json"),
+    Moment("start", "whorl.model.tokenizer:Tokenizer.files"),
     Moment("start: settings written", "whorl.reporting.run_directory:RunDirectory.create", after=True),
     Moment("cold start: update", f"{LEARNER}.optim_step", 3, after=True, phase="cold start"),
     Moment("cold start: sampling", ENGINE, 2, phase="cold start"),
