@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 MAX_LOGITS = 2**24
-"""Most logits in one block (64 MiB in fp32; two or three such blocks are alive at once). Where one block holds the
-whole vocabulary, it is kept for backward, which then has no product to do again."""
+"""Most logits in one block (64 MiB in fp32). Backward holds two blocks at once, with a gradient of the entropy three.
+Where one block holds the whole vocabulary, it is kept for backward, which then has no product to do again."""
 
 Products = Sequence[tuple[Tensor, Tensor]]
 
@@ -98,6 +98,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_x.addmm_(grad, w[block].to(x.dtype))
                 if grad_w is not None:
                     torch.mm(grad.mT, x, out=grad_w[block])
+            del logp, grad  # before the next block is there
         return None, None, *found
 
 
@@ -127,6 +128,7 @@ def _online(
         part = logits.exp()
         sum_M = sum_M + part.sum(dim=1)
         dot_M = dot_M + _dot(part, logits)
+        del part, logits  # before the next block is there
     return logit_M, m_M + sum_M.log(), sum_M.log() - dot_M / sum_M
 
 

@@ -1,0 +1,183 @@
+"""How much memory a training step needs, before it is tried.
+
+What is alive is counted: weights, what the optimizer keeps, gradients, what each layer saves for its backward
+pass, the head's blocks of logits, and the states of the sequences that are sampled. The largest sum over the
+moments of a step is the peak. What an allocator wastes is not counted, nor Python and its libraries (0.3 GiB).
+glibc keeps much of what was freed: a process on a CPU holds 1.2 to 2 times this, unless it is started with
+MALLOC_MMAP_THRESHOLD_=65536, which gives everything back and costs a small model half of its speed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from whorl.kernels.logprob import MAX_LOGITS
+from whorl.model.adapter import Lora
+from whorl.model.attention import LightningAttention
+from whorl.model.config import ModelConfig
+from whorl.model.experts import Experts
+from whorl.model.lora import add_lora, policy_parameters
+from whorl.model.transformer import Block, Transformer
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What of a training step decides its memory.
+
+    `row_tokens` are the tokens of a micro-batch's rows, `padded_tokens` those with what fills the rows up to one
+    length (at most the run's `token_budget`), `scored_tokens` those whose log-probability is trained. `threads`
+    micro-batches are alive at once, each with gradients of its own.
+    """
+
+    row_tokens: int
+    padded_tokens: int
+    scored_tokens: int
+    copied_tokens: int = 0
+    """Where sequences share prefixes (their rows then hold each once): tokens of the prefixes, counted once for each
+    sequence. Softmax layers copy their keys and values so often."""
+    several_micro_batches: bool = True
+    checkpoint_activations: bool = False
+    dtype: torch.dtype = torch.float32
+    lora: Lora = field(default_factory=Lora)
+    entropy_gradient: bool = False
+    reference: bool = False
+    threads: int = 1
+    running: int = 0
+    """Sequences that the engine decodes together; 0: no sampling in this process."""
+    prefilled: int = 0
+    """Prompts that it reads at the same time."""
+    context: int = 256
+    """Tokens of the longest of them."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes. `step` is the most that gradients, activations and the head hold together; the rest stays."""
+
+    weights: int
+    optimizer: int
+    """Moments, and the masters of bf16 weights."""
+    reference: int
+    sampling: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.reference + self.sampling + self.step
+
+
+def predict_peak(config: ModelConfig, work: Workload) -> Peak:
+    """The most memory that this process holds at once during training steps, from the second step on."""
+    with torch.device("meta"):
+        model = Transformer(config).to(work.dtype)
+        if work.lora.rank:
+            add_lora(model, work.lora, seed=0)
+    trained = policy_parameters(model)
+    size = work.dtype.itemsize
+    wide = max(size, 4)
+    num_trained = sum(p.numel() for p in trained.values())
+    return Peak(
+        weights=model.num_parameters * size,
+        optimizer=num_trained * wide * (3 if size < 4 else 2),
+        reference=(num_trained if work.lora.rank else model.num_parameters) * size if work.reference else 0,
+        sampling=_sampling(config, work),
+        step=_step(model, work, wide),
+    )
+
+
+def _step(model: Transformer, work: Workload, wide: int) -> int:
+    """Walk the backward pass from the head down: gradients come, activations go."""
+    config, size, N = model.config, work.dtype.itemsize, work.row_tokens
+    trained = {id(p) for p in policy_parameters(model).values()}
+
+    def gradient(module: nn.Module) -> int:
+        return wide * sum(p.numel() for p in module.parameters() if id(p) in trained)
+
+    blocks = [block for block in model.layers if isinstance(block, Block)]
+    saved = [size * _saved(config, block, work) for block in blocks]
+    working = [size * N * _working(config, block) for block in blocks]
+    kept = [size * N * config.width for _ in blocks] if work.checkpoint_activations else saved
+    rotary = 0 if "softmax" not in config.attention else 2 * size * N * config.rotary
+    alive = sum(kept) + size * N * 2 * config.width + rotary
+
+    gradients = gradient(model) if work.several_micro_batches else 0
+    fresh = 0 if work.several_micro_batches else 1
+    scratch, saved_by_head = _head(config, work, wide)
+    head = model.lm_head.weight.numel() * wide if id(model.lm_head.weight) in trained else 0
+    peak = gradients + alive + saved_by_head + scratch + head
+    gradients += fresh * head
+    for block, block_saved, block_working, block_kept in reversed(
+        list(zip(blocks, saved, working, kept, strict=True))
+    ):
+        again = block_saved if work.checkpoint_activations else 0
+        own = gradient(block)
+        peak = max(peak, gradients + alive + again + block_working + own)
+        alive -= block_kept
+        gradients += fresh * own
+    table = gradient(model.embed_tokens)
+    # A tied head's gradient waits for the embedding's, and their sum is a third.
+    peak = max(peak, gradients + alive + (3 * table - fresh * head if config.tied else table))
+    per_thread = gradient(model) if work.threads > 1 else 0
+    return work.threads * (peak + per_thread) - (work.threads - 1) * (gradient(model) if not fresh else 0)
+
+
+def _saved(config: ModelConfig, block: Block, work: Workload) -> int:
+    """Elements that a block saves for its backward pass."""
+    N, padded = work.row_tokens, work.padded_tokens
+    inner, keys = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
+    # A norm saves its input, that divided by its size, and its output; in bf16 the first of them in fp32.
+    norm = 3 if work.dtype.itemsize >= 4 else 4
+    packed = 2 * norm * config.width + _saved_feed_forward(config, block)
+    if isinstance(block.self_attn, LightningAttention):
+        # qkv before the SiLU; the norm over heads; the gate and what it lets through. As rows: q, k, v.
+        packed += (3 + norm + 2) * inner
+        rows, again = 3 * inner, 3 * inner
+    else:
+        rows = again = 2 * inner + 2 * keys  # queries and outputs, keys and values
+        packed += 2 * keys * work.copied_tokens / N
+    # Rows that had to be padded are copies of what is saved packed, too.
+    return round(N * packed) + padded * rows + (N * again if padded != N else 0)
+
+
+def _saved_feed_forward(config: ModelConfig, block: Block) -> int:
+    down = block.feed_forward.down
+    if isinstance(block.feed_forward, Experts):
+        # Of each chosen expert: rows in, gate and up, silu(gate), their product, rows out; and the choices.
+        return config.experts_per_token * (2 * config.width + 4 * config.ffn_width + 9) + config.num_experts
+    assert isinstance(down, nn.Linear)
+    return 4 * down.in_features
+
+
+def _working(config: ModelConfig, block: Block) -> int:
+    """Elements per token by which gradients inside a block's backward pass outgrow what it frees on the way."""
+    inner = config.num_heads * config.head_dim
+    # In the feed-forward that of the product of its halves; in attention those of the output, q, k and v.
+    return max(_saved_feed_forward(config, block) // 4, 4 * inner) + 2 * config.width
+
+
+def _head(config: ModelConfig, work: Workload, wide: int) -> tuple[int, int]:
+    """Bytes that scoring needs while it works, and those that it leaves for backward."""
+    M, V = work.scored_tokens, config.vocab_size
+    block = min(M * V, MAX_LOGITS)
+    hidden = wide * M * config.width
+    matrices = 3 if work.entropy_gradient else 2
+    kept = M * V * wide if M * V <= MAX_LOGITS else 0
+    cast = 0 if work.dtype.itemsize >= 4 else wide * config.width * min(V, max(MAX_LOGITS // max(M, 1), 1))
+    return matrices * block * wide - kept + hidden + cast, kept + hidden
+
+
+def _sampling(config: ModelConfig, work: Workload) -> int:
+    """States of the engine's slots: fp32 matrices of lightning heads, rows of keys and values."""
+    kinds = config.attention
+    matrices = kinds.count("lightning") * config.num_heads * config.head_dim**2 * max(work.dtype.itemsize, 4)
+    capacity = min(max(256, 1 << (work.context - 1).bit_length()), config.max_context)
+    rows = kinds.count("softmax") * 2 * config.kv_heads * config.head_dim * work.dtype.itemsize * capacity
+    return (work.running + min(work.prefilled, work.running)) * (matrices + rows)
+
+
+def parts(peak: Peak) -> Iterator[tuple[str, float]]:
+    """Name and GiB of each part, for a table; the total last."""
+    for name in ("weights", "optimizer", "reference", "sampling", "step", "total"):
+        yield name, getattr(peak, name) / 2**30
