@@ -119,8 +119,6 @@ class PlayerProcesses(Player):
     _mapped: list[int] = field(default_factory=list, init=False, repr=False)
     _end: Callable[[], object] | None = field(default=None, init=False, repr=False)
     _probe_gap_nats: float = field(default=0.0, init=False, repr=False)
-    _generated_elsewhere: int = field(default=0, init=False, repr=False)
-    _preempted_elsewhere: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.cores < 1:
@@ -129,16 +127,6 @@ class PlayerProcesses(Player):
             raise ValueError(
                 f"processes share weights in main memory, and the model is on {self.sampler.device}; use cores=1"
             )
-
-    @property
-    def num_generated_tokens(self) -> int:
-        """Tokens drawn so far by all processes, also those of turns that an episode took back."""
-        return super().num_generated_tokens + self._generated_elsewhere
-
-    @property
-    def num_preemptions(self) -> int:
-        """How often any process put a sequence back for want of memory."""
-        return super().num_preemptions + self._preempted_elsewhere
 
     @property
     def probe_gap_nats(self) -> float:

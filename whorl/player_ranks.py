@@ -6,7 +6,7 @@ the whole request, so any number of ranks plays the same rollouts.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from whorl.data import Group, Problem
 from whorl.learning.ranks import from_every_rank, num_ranks, this_rank
@@ -32,19 +32,6 @@ class _Played:
 @dataclass
 class PlayerOnRanks(Player):
     """A `Player` that every rank calls with the same request, and that gives all of them the same groups."""
-
-    _generated_elsewhere: int = field(default=0, init=False, repr=False)
-    _preempted_elsewhere: int = field(default=0, init=False, repr=False)
-
-    @property
-    def num_generated_tokens(self) -> int:
-        """Tokens drawn so far by all ranks, also those of turns that an episode took back."""
-        return super().num_generated_tokens + self._generated_elsewhere
-
-    @property
-    def num_preemptions(self) -> int:
-        """How often the engine of any rank put a sequence back for want of memory."""
-        return super().num_preemptions + self._preempted_elsewhere
 
     def close(self) -> None:
         """There is nothing to end: the ranks end with the run."""

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -59,16 +59,19 @@ class Player:
     tokenizer: ChatTokenizer
     seed: int
     rollout_timeout_seconds: float = TIMEOUT_SECONDS
+    _generated_elsewhere: int = field(default=0, init=False, repr=False)
+    _preempted_elsewhere: int = field(default=0, init=False, repr=False)
+    """What the samplers of other processes or ranks did for this player's plays."""
 
     @property
     def num_generated_tokens(self) -> int:
-        """Tokens drawn so far, also those of turns that an episode took back."""
-        return self.sampler.num_generated_tokens
+        """Tokens drawn so far by all that play, also those of turns that an episode took back."""
+        return self.sampler.num_generated_tokens + self._generated_elsewhere
 
     @property
     def num_preemptions(self) -> int:
-        """How often the engine put a sequence back for want of memory."""
-        return self.sampler.num_preemptions
+        """How often the engine of any that play put a sequence back for want of memory."""
+        return self.sampler.num_preemptions + self._preempted_elsewhere
 
     @property
     def probe_gap_nats(self) -> float:

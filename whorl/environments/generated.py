@@ -1,10 +1,11 @@
 """What the generated tasks share: a problem drawn for its split, and where in a reply the answer stands."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import numpy as np
 
-from whorl.data import Problem, Score
+from whorl.data import Problem, Rollout, Score
 from whorl.environments.base import Environment, problem_rng
 
 # A split holds at least a tenth of a large space, so 2,000 independent draws all miss it with a
@@ -43,16 +44,33 @@ def answer_part(reply: str) -> str:
     return reply.rpartition("#")[2].strip(" \n")
 
 
-def digits_score(reply: str, expected: str) -> Score:
-    """1 for exactly these digits, else 0; the part `digits_right` is the share that stands in its place."""
-    reply = reply.strip(" \n")
-    matches = sum(a == b for a, b in zip(reply, expected, strict=False))
-    parts = {"digits_right": matches / len(expected)}
-    if reply == expected:
-        return Score(1.0, parts, "right")
-    if len(reply) != len(expected):
-        return Score(0.0, parts, f"expected {len(expected)} digits and nothing else")
-    return Score(0.0, parts, f"{matches} of {len(expected)} digits are right")
+class DigitsTask(Environment):
+    """A task whose answer is a row of digits and nothing else; the part `digits_right` is the share of right ones."""
+
+    @property
+    @abstractmethod
+    def num_answered(self) -> int:
+        """Digits of an answer."""
+
+    @property
+    def chance(self) -> float:
+        return 10.0**-self.num_answered
+
+    def verify(self, problem: Problem, rollout: Rollout) -> Score:
+        expected, reply = problem.answer or "", rollout.reply.strip(" \n")
+        matches = sum(a == b for a, b in zip(reply, expected, strict=False))
+        parts = {"digits_right": matches / len(expected)}
+        if reply == expected:
+            return Score(1.0, parts, "right")
+        if len(reply) != len(expected):
+            return Score(0.0, parts, f"expected {len(expected)} digits and nothing else")
+        return Score(0.0, parts, f"{matches} of {len(expected)} digits are right")
+
+    def gold(self, problem: Problem) -> tuple[str, ...]:
+        return (problem.answer or "",)
+
+    def guess(self, problem: Problem, rng: np.random.Generator) -> tuple[str, ...]:
+        return ("".join(map(str, rng.integers(0, 10, self.num_answered))),)
 
 
 def require(condition: bool, environment: Environment, expected: str) -> None:

@@ -4,15 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from whorl.data import Problem, Rollout, Score
-from whorl.environments.base import Card, Environment, split_of
-from whorl.environments.generated import digits_score, first_draw, require
+from whorl.data import Problem
+from whorl.environments.base import Card, split_of
+from whorl.environments.generated import DigitsTask, first_draw, require
 
 KEYS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
-class Recall(Environment):
+class Recall(DigitsTask):
     """Pairs of a letter and a digit, then letters: the answer is their digits (multi-query associative recall).
 
     `a3k7c1d9:ca` is answered by `13`. Softmax attention looks the pair up, however many there are; a state of
@@ -37,8 +37,8 @@ class Recall(Environment):
         require(1 <= self.num_queries <= self.num_pairs, self, "num_queries from 1 to num_pairs")
 
     @property
-    def chance(self) -> float:
-        return 10.0**-self.num_queries
+    def num_answered(self) -> int:
+        return self.num_queries
 
     def problem(self, split: str, index: int) -> Problem:
         def propose(rng: np.random.Generator) -> Problem | None:
@@ -53,12 +53,3 @@ class Recall(Environment):
             return Problem(f"{self.name}/{split}/{index}", prompt, answer, self.name)
 
         return first_draw(self, split, index, propose)
-
-    def verify(self, problem: Problem, rollout: Rollout) -> Score:
-        return digits_score(rollout.reply, problem.answer or "")
-
-    def gold(self, problem: Problem) -> tuple[str, ...]:
-        return (problem.answer or "",)
-
-    def guess(self, problem: Problem, rng: np.random.Generator) -> tuple[str, ...]:
-        return ("".join(map(str, rng.integers(0, 10, self.num_queries))),)

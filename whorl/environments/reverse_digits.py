@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from whorl.data import Problem, Rollout, Score
-from whorl.environments.base import Card, Environment, split_of
-from whorl.environments.generated import digits_score, first_draw, require
+from whorl.data import Problem
+from whorl.environments.base import Card, split_of
+from whorl.environments.generated import DigitsTask, first_draw, require
 
 
 @dataclass(frozen=True)
-class ReverseDigits(Environment):
+class ReverseDigits(DigitsTask):
     """`4821>` is answered by `1284`. Partial credit is a part of the score, never of the reward."""
 
     num_digits: int = 4
@@ -28,8 +28,8 @@ class ReverseDigits(Environment):
         require(3 <= self.num_digits <= 100, self, "num_digits from 3 to 100")
 
     @property
-    def chance(self) -> float:
-        return 10.0**-self.num_digits
+    def num_answered(self) -> int:
+        return self.num_digits
 
     def problem(self, split: str, index: int) -> Problem:
         def propose(rng: np.random.Generator) -> Problem | None:
@@ -39,12 +39,3 @@ class ReverseDigits(Environment):
             return Problem(f"{self.name}/{split}/{index}", f"{digits}>", digits[::-1], self.name)
 
         return first_draw(self, split, index, propose)
-
-    def verify(self, problem: Problem, rollout: Rollout) -> Score:
-        return digits_score(rollout.reply, problem.answer or "")
-
-    def gold(self, problem: Problem) -> tuple[str, ...]:
-        return (problem.answer or "",)
-
-    def guess(self, problem: Problem, rng: np.random.Generator) -> tuple[str, ...]:
-        return ("".join(map(str, rng.integers(0, 10, self.num_digits))),)
