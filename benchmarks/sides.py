@@ -30,6 +30,8 @@ class Run:
     """Rollouts that TRL learns from at a time; 0: all of a step."""
     token_budget: int = 8192
     """The same for Whorl, in tokens."""
+    computes_again: bool = False
+    """Whether Whorl computes blocks again in its backward pass."""
     num_prompts: int = 8
     """Problems of a step, each a new one."""
     group_size: int = 8

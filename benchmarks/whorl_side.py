@@ -61,6 +61,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     tokenizer = tokenizer_of(run["model"]["vocab_size"])
     context = run["num_prompt_tokens"] + run["num_new_tokens"]
     model = Transformer(ModelConfig.from_dict({**run["model"], "max_context": context}))
+    model.checkpoint_activations = run["computes_again"]
     model.initialise(run["seed"])
     device = torch.device(run["device"])
     model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)

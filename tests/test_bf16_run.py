@@ -1,5 +1,6 @@
 """A run in bfloat16: the setting reaches weights, sampler and checkpoints."""
 
+import pytest
 import torch
 
 from tests.support import tiny_run
@@ -41,3 +42,22 @@ def test_a_run_in_bf16_trains_and_goes_on_to_the_same_bits(tmp_path, monkeypatch
     )
     for name, p in run.model.named_parameters():
         assert torch.equal(p.float(), further.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "replays", "suspect"),
+    [
+        ("bfloat16", False, "replay_experts"),
+        ("bfloat16", True, "not delivered"),
+        ("float32", False, "not delivered"),
+    ],
+)
+def test_a_run_that_stops_at_a_gap_names_what_to_suspect(tmp_path, monkeypatch, dtype, replays, suspect):
+    run = tiny_run(
+        tmp_path, monkeypatch, dtype=dtype, replay_experts=replays, sampler_gap_limit_nats=0.0, num_steps=1
+    )
+    with run.player:
+        reason = train(run)
+    assert reason is not None
+    assert "disagree by" in reason
+    assert suspect in reason

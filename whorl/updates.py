@@ -68,7 +68,7 @@ def learn(run: Run, batch: Batch) -> Metrics:
                 raise Stop(
                     f"sampler and learner disagree by {row['sampler_gap_max_nats']:.2g} nats on a token of step "
                     f"{run.step + 1}; the limit is {run.settings.sampler_gap_limit:g} "
-                    "(sampler_gap_limit_nats). Weights that were not delivered look like this"
+                    f"(sampler_gap_limit_nats). {_what_parts_them(run)}"
                 )
             rows.append(row | run.learner.optim_step())
             advance(1)
@@ -131,3 +131,14 @@ def combine(rows: list[Metrics]) -> Metrics:
     if "grad_norm" in combined:
         combined["grad_norm_max"] = float(np.max([row["grad_norm"] for row in rows if "grad_norm" in row]))
     return combined
+
+
+def _what_parts_them(run: Run) -> str:
+    """What to suspect where sampler and learner disagree."""
+    settings = run.settings
+    if settings.dtype == "bfloat16" and run.learner.model.config.num_experts and not settings.replay_experts:
+        return (
+            "In bf16 some tokens meet other experts in the learner than in the sampler: replay_experts trains "
+            "them on the sampler's"
+        )
+    return "Weights that were not delivered look like this"

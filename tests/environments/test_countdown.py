@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 
 from whorl.data import Problem
@@ -75,7 +78,47 @@ def test_the_chance_level_is_claimed_only_where_it_was_measured() -> None:
     assert Countdown(num_numbers=4).chance is None
 
 
-@pytest.mark.parametrize("settings", [{"num_numbers": 7}, {"max_number": 3}, {"max_target": 3}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_numbers": 7},
+        {"max_number": 3},
+        {"max_target": 3},
+        {"worked_frac": 1.5},
+        {"max_attempts": 0},
+    ],
+)
 def test_impossible_settings_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         Countdown(**settings)
+
+
+def test_a_demonstrated_search_computes_right_and_ends_with_the_first_attempt_that_reaches_the_target() -> (
+    None
+):
+    task = Countdown(num_numbers=4, max_number=10, max_target=100, worked_frac=1.0, max_attempts=5)
+    rng = np.random.default_rng(0)
+    lengths = set()
+    for index in range(200):
+        problem = task.problem("train", index)
+        (reply,) = task.traces(problem, rng)
+        search, _, answer = reply.partition("#")
+        attempts = search.split(";")
+        lengths.add(len(attempts))
+        for attempt in attempts:
+            pool = sorted(problem.extra["numbers"])
+            for step in attempt.split(","):
+                left, operator, right, result = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step).groups()
+                pool.remove(int(left))
+                pool.remove(int(right))
+                assert parse(f"{left}{operator}{right}").value == int(result)
+                pool.append(int(result))
+            assert (pool == [problem.extra["target"]]) == (attempt is attempts[-1])
+        assert answer == problem.extra["solution"]
+        assert play_scripted(task, problem, [reply]).score.reward == 1.0
+    assert lengths == {1, 2, 3, 4, 5}
+
+
+def test_without_a_share_of_searches_demonstrations_are_the_solution_alone() -> None:
+    problem = Countdown().problem("train", 0)
+    assert Countdown().traces(problem, np.random.default_rng(0)) == (problem.extra["solution"],)
