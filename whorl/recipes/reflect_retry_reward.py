@@ -255,7 +255,12 @@ EXPERIMENTS = (
             Arm("rrr", "method"),
             Arm("grpo", "baseline", FIRST_TRIES, "GRPO on first tries alone; the paper has no such arm"),
             Arm("no_reflection", "control", _answers("none"), "retries at once, and they are trained"),
-            Arm("constant", "control", _answers("constant"), "one sentence for all, retries are trained"),
+            Arm(
+                "constant", "control",
+                # To find nothing to learn is a result of this control, not a fault that ends it.
+                {**_answers("constant"), "stop_after_steps_without_signal": 0},
+                "one sentence for all, retries are trained",
+            ),
             Arm("shuffled", "control", {"rewards_of": "another problem"}, "no link of reflection and retry"),
             Arm("answers_too", "control", {"trained_roles": ("reflection", "retry")}, "the wrong mask"),
         ),
