@@ -1,6 +1,7 @@
 """The training loop, in the order in which things happen."""
 
 import time
+from collections.abc import Callable
 
 from whorl.algorithms.algorithm import group_statistics, with_signal
 from whorl.cold_start import cold_start
@@ -12,8 +13,10 @@ from whorl.run import Run, memory_gib
 from whorl.updates import learn, make_batch
 
 
-def train(run: Run) -> str | None:
+def train(run: Run, after_step: Callable[[Run], None] = lambda run: None) -> str | None:
     """Carry the run to its last step. Returns None, or the reason why it stopped before, which the run keeps.
+
+    `after_step` is called with the run when a step is finished and kept.
 
     KeyboardInterrupt if the run was asked to stop (`run.stopping`); it then goes on from its newest checkpoint.
     """
@@ -28,6 +31,7 @@ def train(run: Run) -> str | None:
                     keep(run)
                 raise KeyboardInterrupt
             take_step(run)
+            after_step(run)
     except (Stop, ChildProcessError) as stop:
         reason = str(stop)
         run.directory.stopped_early(reason)
