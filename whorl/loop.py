@@ -55,10 +55,12 @@ def take_step(run: Run) -> None:
     run.step += 1
     run.generated_tokens += clock.generated_tokens
     metrics |= sampled | clock.read(batch) | {"step": run.step, "policy_version": run.learner.version}
+    metrics |= run.window.metrics
     metrics["memory_gib"] = memory_gib(run.player)
     if due(run, settings.evaluation.every_steps):
         metrics |= evaluate(run)
     run.log(metrics)
+    run.window.observe(metrics)
     count_failures(run, metrics)
     if reason := hopeless(run):
         raise Stop(reason)
@@ -137,7 +139,7 @@ def sample_groups(run: Run, clock: "Clock") -> tuple[list[Group], Metrics]:
         problems = run.training_problems(picks)
         with run.progress.phase("rollouts", len(problems) * num_samples) as advance:
             groups, waited = run.player.play(
-                problems, num_samples, settings.sampling, ("train", run.step, redraw), advance
+                problems, num_samples, run.sampling, ("train", run.step, redraw), advance
             )
         run.curriculum.update(picks, groups)
         verify_seconds += waited

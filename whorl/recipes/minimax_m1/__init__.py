@@ -9,6 +9,7 @@ from whorl.recipes.minimax_m1 import (
     fp32_head,
     generation_flops,
     judge_length_bias,
+    length_windows,
     repetition_stop,
     stale_updates,
 )
@@ -24,5 +25,6 @@ EXPERIMENTS = (
     generation_flops.EXPERIMENT,
     repetition_stop.EXPERIMENT,
     judge_length_bias.EXPERIMENT,
+    length_windows.EXPERIMENT,
 )
 """The first is what `whorl compare minimax_m1` runs."""
