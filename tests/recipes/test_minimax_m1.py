@@ -12,6 +12,7 @@ from whorl.data import Rollout
 from whorl.environments.catalog import make
 from whorl.environments.looping_arithmetic import LoopingArithmetic
 from whorl.environments.scripted import play_scripted
+from whorl.environments.several import Several
 from whorl.experiments.plan import changed
 from whorl.experiments.trials import Outcome, Trial
 from whorl.learning.optimizer import OptimizerSettings
@@ -24,6 +25,7 @@ from whorl.recipes.minimax_m1 import (
     fp32_head,
     generation_flops,
     judge_length_bias,
+    length_windows,
     repetition_stop,
     stale_updates,
 )
@@ -234,3 +236,33 @@ def test_a_watched_trial_that_is_killed_goes_on_with_the_prices_it_had(tmp_path,
         assert {k: v for k, v in row.items() if describe(k).group != "speed"} == {
             k: v for k, v in same.items() if describe(k).group != "speed"
         }
+
+
+def test_each_window_of_the_staged_arm_makes_room_for_the_working_of_longer_sums() -> None:
+    experiment = length_windows.EXPERIMENT
+    tokens = {arm.name: arm.changes.get("length_window.tokens", ()) for arm in experiment.arms}
+    assert tokens["fixed"] == tokens["staged"][:1] and tokens["jump"] == (
+        tokens["staged"][0],
+        tokens["staged"][-1],
+    )
+    assert [2000 * window for window in tokens["staged"]] == [40_000, 48_000, 56_000, 64_000, 72_000, 80_000]
+    task = make(experiment.cpu.environment)
+    assert isinstance(task, Several)
+    needed = []
+    for part in task.parts:
+        assert isinstance(part, LoopingArithmetic)
+        needed.append(len(part.worked(part.problem("train", 0))) + 1)  # and the end
+        # A loop that is shown to its end would teach that it ends.
+        assert part.loop_tokens > tokens["staged"][-1]
+    assert needed == [20, 26, 32, 38]
+    assert [sum(n <= window for n in needed) for window in tokens["staged"]] == [1, 1, 2, 3, 3, 4]
+
+
+def test_the_excess_of_wrong_answers_is_over_the_steps_that_have_both_kinds() -> None:
+    rows = [
+        {"step": 0},
+        {"step": 1, "response_tokens_wrong": 30.0, "response_tokens_right": 20.0},
+        {"step": 2, "response_tokens_wrong": 16.0, "response_tokens_right": 20.0},
+        {"step": 3, "response_tokens_right": 20.0},
+    ]
+    assert length_windows.wrong_excess(Outcome(rows)) == (10 - 4) / 2
