@@ -1,6 +1,7 @@
 """The training loop, in the order in which things happen."""
 
 import time
+from collections.abc import Callable
 
 from whorl.algorithms.algorithm import group_statistics, with_signal
 from whorl.cold_start import cold_start
@@ -12,8 +13,10 @@ from whorl.run import Run, memory_gib
 from whorl.updates import learn, make_batch
 
 
-def train(run: Run) -> str | None:
+def train(run: Run, after_step: Callable[[Run], None] = lambda run: None) -> str | None:
     """Carry the run to its last step. Returns None, or the reason why it stopped before, which the run keeps.
+
+    `after_step` is called with the run when a step is finished and kept.
 
     KeyboardInterrupt if the run was asked to stop (`run.stopping`); it then goes on from its newest checkpoint.
     """
@@ -28,6 +31,7 @@ def train(run: Run) -> str | None:
                     keep(run)
                 raise KeyboardInterrupt
             take_step(run)
+            after_step(run)
     except (Stop, ChildProcessError) as stop:
         reason = str(stop)
         run.directory.stopped_early(reason)
@@ -51,10 +55,12 @@ def take_step(run: Run) -> None:
     run.step += 1
     run.generated_tokens += clock.generated_tokens
     metrics |= sampled | clock.read(batch) | {"step": run.step, "policy_version": run.learner.version}
+    metrics |= run.window.metrics
     metrics["memory_gib"] = memory_gib(run.player)
     if due(run, settings.evaluation.every_steps):
         metrics |= evaluate(run)
     run.log(metrics)
+    run.window.observe(metrics)
     count_failures(run, metrics)
     if reason := hopeless(run):
         raise Stop(reason)
@@ -133,7 +139,7 @@ def sample_groups(run: Run, clock: "Clock") -> tuple[list[Group], Metrics]:
         problems = run.training_problems(picks)
         with run.progress.phase("rollouts", len(problems) * num_samples) as advance:
             groups, waited = run.player.play(
-                problems, num_samples, settings.sampling, ("train", run.step, redraw), advance
+                problems, num_samples, run.sampling, ("train", run.step, redraw), advance
             )
         run.curriculum.update(picks, groups)
         verify_seconds += waited

@@ -35,9 +35,11 @@ from whorl.reporting.glossary import check_names
 from whorl.reporting.run_directory import Onlooker, RunDirectory
 from whorl.reporting.trackers import TensorBoard, Tracker, Trackio, WandB
 from whorl.rollouts import Player
+from whorl.sampling.draw import Sampling
 from whorl.sampling.engine import Engine
 from whorl.sampling.probe import Probe, probe_batch, probe_gap
 from whorl.settings import AnySettings, Settings, from_dict, settings_class
+from whorl.window import Window
 
 
 class Kept:
@@ -76,7 +78,7 @@ class Kept:
 class Run(Kept):
     """A run in memory. Make one with `start_run` or `open_run`; `whorl.loop.train` carries it on.
 
-    Everything that decides how the run goes on is in the learner, the curriculum and `step`; randomness is
+    Everything that decides how the run goes on is in the learner, the curriculum, the window and `step`; randomness is
     addressed by seed and step, so there is no generator to save.
     """
 
@@ -90,6 +92,7 @@ class Run(Kept):
     learner: Learner
     player: Player
     curriculum: Curriculum
+    window: Window
     progress: Progress
     tracker: Tracker | None = None
     step: int = 0
@@ -115,6 +118,12 @@ class Run(Kept):
     def finished(self) -> bool:
         limit = self.settings.num_generated_tokens
         return self.warm and (self.step >= self.num_steps or 0 < limit <= self.generated_tokens)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How training answers are sampled in the present step."""
+        chosen = self.settings.sampling
+        return replace(chosen, max_tokens=self.window.limit(chosen.max_tokens))
 
     # -- problems --------------------------------------------------------------------------------------
 
@@ -167,6 +176,7 @@ class Run(Kept):
             "skipped_in_a_row": self.skipped_in_a_row,
             "faulty_steps": self.faulty_steps,
             "curriculum": self.curriculum.state_dict(),
+            "window": self.window.state_dict(),
         }
         on_first_rank(lambda: self._write(tensors, state))
         self.saved_step, self.saved_at = self.step, time.monotonic()
@@ -211,6 +221,8 @@ class Run(Kept):
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.faulty_steps = list(state.get("faulty_steps", []))
         self.curriculum.load_state_dict(state["curriculum"])
+        if "window" in state:
+            self.window.load_state_dict(state["window"])
         self.deliver()
 
     def with_environment(self, spec: str | None) -> "Run":
@@ -456,6 +468,7 @@ def _run(
         engine=engine,
         learner=learner,
         curriculum=parts["curriculum"],
+        window=Window(settings.length_window),
         player=_player(settings, parts["environment"], engine, tokenizer),
         progress=progress or Silent(),
     )

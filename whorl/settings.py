@@ -18,6 +18,7 @@ from whorl.algorithms.catalog import algorithm_named, with_settings
 from whorl.learning.optimizer import OptimizerSettings
 from whorl.model.adapter import Lora
 from whorl.sampling.draw import Sampling
+from whorl.window import LengthWindow
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(3e-4, warmup_steps=5))
     lora: Lora = field(default_factory=Lora)
     """Train low-rank adapters and leave the model's own weights as they are (--lora.rank 8)."""
+    length_window: LengthWindow = field(default_factory=LengthWindow)
+    """Training answers whose limit grows in steps: --length-window.tokens 40 48 56."""
     curriculum: str = "uniform"
     """Which problems come next: uniform, or difficulty_band (problems that are neither solved nor hopeless)."""
     num_steps: int = 100
@@ -198,6 +201,11 @@ class Settings:
             self.sampling.max_tokens < self.max_context,
             f"sampling.max_tokens {self.sampling.max_tokens} leaves no room for a prompt in max_context "
             f"{self.max_context}",
+        )
+        need(
+            all(tokens <= self.sampling.max_tokens for tokens in self.length_window.tokens),
+            f"length_window.tokens {self.length_window.tokens} go beyond sampling.max_tokens "
+            f"{self.sampling.max_tokens}",
         )
         need(
             self.sampling.temperature > 0,

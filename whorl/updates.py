@@ -29,7 +29,7 @@ def provide(run: Run, groups: list[Group]) -> dict:
 
     def greedy_rewards(batch: Batch) -> Tensor:
         """Reward of one greedy rollout of each problem; the group's mean where it could not be judged."""
-        greedy = replace(run.settings.sampling, temperature=0.0)
+        greedy = replace(run.sampling, temperature=0.0)
         played, _ = run.player.play([g.problem for g in groups], 1, greedy, ("greedy", run.step))
         rewards = [
             greedy_group.rewards[0] if greedy_group.judged else group.rewards.mean()

@@ -305,3 +305,6 @@ def test_batch_statistics_are_over_trained_tokens():
     assert statistics["advantage_mean"] == 3 / 4
     assert statistics["advantage_std"] == pytest.approx((3 / 16) ** 0.5)
     assert (statistics["shaped_reward"], statistics["trained_tokens"]) == (1 / 2, 4.0)
+    written = np.concatenate([rollout.logp_T[rollout.policy_T] for rollout in rollouts])
+    assert len(written) == 4 and np.ptp(written) > 0
+    assert statistics["perplexity"] == pytest.approx(np.prod(np.exp(written.astype(float))) ** (-1 / 4))

@@ -3,19 +3,36 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support import know_tiny, tiny_run
+from whorl.data import Rollout
+from whorl.environments.catalog import make
+from whorl.environments.looping_arithmetic import LoopingArithmetic
+from whorl.environments.scripted import play_scripted
+from whorl.environments.several import Several
 from whorl.experiments.plan import changed
 from whorl.experiments.trials import Outcome, Trial
 from whorl.learning.optimizer import OptimizerSettings
 from whorl.loop import train
 from whorl.model.config import preset
 from whorl.model.transformer import Transformer
-from whorl.recipes.minimax_m1 import EXPERIMENTS, attention_kinds, fp32_head, generation_flops, stale_updates
+from whorl.recipes.minimax_m1 import (
+    EXPERIMENTS,
+    attention_kinds,
+    fp32_head,
+    generation_flops,
+    judge_length_bias,
+    length_windows,
+    repetition_stop,
+    stale_updates,
+)
 from whorl.recipes.minimax_m1.adam_eps import EXPERIMENT as ADAM_EPS
+from whorl.reporting.glossary import describe
 from whorl.settings import ColdStart
+from whorl.verifiers.length_bias import Graded
 
 SMALL = {
     "model": "tiny",
@@ -126,3 +143,126 @@ def test_the_counted_ratios_are_those_of_the_published_shapes() -> None:
     r1 = 2 * 37e9 + 61 * 128 * 2 * 320 * 50_000
     assert count("m1", "100k") / count("quarter_of_r1", "100k") == pytest.approx(4 * m1 / r1, rel=1e-3)
     assert count("m1", "64k") < count("half_of_r1", "64k")
+
+
+def test_the_short_run_lies_between_a_worked_answer_and_a_table_and_the_long_one_beyond_both() -> None:
+    experiment = repetition_stop.EXPERIMENT
+    task = make(experiment.cpu.environment)
+    assert isinstance(task, LoopingArithmetic)
+    problems = [task.problem("train", index) for index in range(50)]
+    tables = {len(p.answer or "") for p in problems if p.extra["table"]}
+    worked = {len(task.worked(p)) for p in problems if not p.extra["table"]}
+    runs = {arm.name: arm.changes.get("sampling.repetition_run_tokens", 0) for arm in experiment.arms}
+    assert (
+        max(worked) < runs["run_24"] < min(tables)
+        and max(tables) < runs["run_72"] < repetition_stop.MAX_TOKENS
+    )
+    assert experiment.settings("cpu", experiment.arm("no_stop"), 0).sampling.repetition_run_tokens == 0
+    # A loop that is shown to its end would teach that it ends.
+    assert task.loop_tokens > repetition_stop.MAX_TOKENS
+
+
+def test_stops_are_counted_by_what_the_text_shows() -> None:
+    task = make("looping_arithmetic")
+    problem = next(p for p in (task.problem("train", i) for i in range(20)) if not p.extra["table"])
+
+    def ended(reply: str, stop: str) -> Rollout:
+        return replace(play_scripted(task, problem, [reply]), stop=stop)
+
+    healthy = [ended("3+8=1#1", "stop_token")] * 3 + [ended("3+8=1,", "repetition")]
+    looped = [ended("3+8=1," * 9, "repetition"), ended("3+8=1," * 9, "max_tokens")]
+    assert repetition_stop.count_stops(healthy + looped) == {"false_stops": 1 / 4, "stopped_loops": 1 / 2}
+
+
+def graded(
+    rng: np.random.Generator, mean_length: float, paid: float, right_paid: float = 0.0
+) -> list[Graded]:
+    """A step of 16 groups of 8; with `right_paid` longer answers are right more often, and that is paid."""
+    found = []
+    for group in range(16):
+        for number in range(8):
+            length = int(rng.poisson(mean_length))
+            right = length + rng.integers(-5, 6) > mean_length
+            reward = paid * length + right_paid * right + 0.1 * rng.standard_normal()
+            found.append(Graded((group, right), f"{number}", length, reward))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("paid", "right_paid", "growth", "alarms"),
+    [
+        (0.02, 0.0, 3.0, True),
+        (0.02, 0.0, 0.0, False),  # paid for, but the policy makes nothing of it
+        (0.0, 0.0, 3.0, False),  # grows, and is not paid for it
+        (0.0, 0.5, 3.0, False),  # grows, and is paid for being right
+    ],
+)
+def test_the_watch_calls_when_answers_grow_and_length_alone_is_paid(paid, right_paid, growth, alarms) -> None:
+    for seed in range(5):
+        watch = judge_length_bias.Watch(judge_length_bias.WatchedJudge(watched_steps=4))
+        rng = np.random.default_rng(seed)
+        found = [watch.see(graded(rng, 20 + growth * step, paid, right_paid)) for step in range(10)]
+        called = [slope for slope in found if slope is not None]
+        assert bool(called) == alarms and found[:4] == [None] * 4
+        if alarms:
+            assert called[0] == pytest.approx(0.02, abs=0.01)
+
+
+def test_a_watched_trial_that_is_killed_goes_on_with_the_prices_it_had(tmp_path, monkeypatch) -> None:
+    know_tiny(monkeypatch)
+    experiment = judge_length_bias.EXPERIMENT
+    always = {"watched_steps": 1, "standard_errors": -1e9, "growth": 0.0, "checkpoint_every_steps": 1}
+    task = "judged_arithmetic,num_terms=2,modulus=2,worked_frac=0.0,padded_frac=1.0,length_share=0.5,long_reply=8"
+    small = {**SMALL, "environment": task, "num_steps": 4}
+    settings = changed(
+        experiment.settings("cpu", experiment.arm("watched"), 0), {**small, **always, "cores": 1}
+    )
+
+    def outcome(folder: Path, tell=lambda done, total, note: None) -> Outcome:
+        return judge_length_bias.train_watched(Trial("watched", "method", settings, folder, tell))
+
+    def kill(done: int, total: int, note: str) -> None:
+        if done == 3 and "loss" not in note:  # not an update of the cold start
+            raise KeyboardInterrupt
+
+    whole = outcome(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        outcome(tmp_path / "killed", kill)
+    again = outcome(tmp_path / "killed")
+    assert whole.values == again.values == {"alarms": 4.0, "first_alarm": 1.0}
+    prices = [row["reward_part/length_price"] for row in whole.rows if row["step"]]
+    assert prices[0] == 0.0 and len(set(prices)) == 4
+    for row, same in zip(whole.rows, again.rows, strict=True):
+        assert {k: v for k, v in row.items() if describe(k).group != "speed"} == {
+            k: v for k, v in same.items() if describe(k).group != "speed"
+        }
+
+
+def test_each_window_of_the_staged_arm_makes_room_for_the_working_of_longer_sums() -> None:
+    experiment = length_windows.EXPERIMENT
+    tokens = {arm.name: arm.changes.get("length_window.tokens", ()) for arm in experiment.arms}
+    assert tokens["fixed"] == tokens["staged"][:1] and tokens["jump"] == (
+        tokens["staged"][0],
+        tokens["staged"][-1],
+    )
+    assert [2000 * window for window in tokens["staged"]] == [40_000, 48_000, 56_000, 64_000, 72_000, 80_000]
+    task = make(experiment.cpu.environment)
+    assert isinstance(task, Several)
+    needed = []
+    for part in task.parts:
+        assert isinstance(part, LoopingArithmetic)
+        needed.append(len(part.worked(part.problem("train", 0))) + 1)  # and the end
+        # A loop that is shown to its end would teach that it ends.
+        assert part.loop_tokens > tokens["staged"][-1]
+    assert needed == [20, 26, 32, 38]
+    assert [sum(n <= window for n in needed) for window in tokens["staged"]] == [1, 1, 2, 3, 3, 4]
+
+
+def test_the_excess_of_wrong_answers_is_over_the_steps_that_have_both_kinds() -> None:
+    rows = [
+        {"step": 0},
+        {"step": 1, "response_tokens_wrong": 30.0, "response_tokens_right": 20.0},
+        {"step": 2, "response_tokens_wrong": 16.0, "response_tokens_right": 20.0},
+        {"step": 3, "response_tokens_right": 20.0},
+    ]
+    assert length_windows.wrong_excess(Outcome(rows)) == (10 - 4) / 2

@@ -274,6 +274,7 @@ def batch_statistics(batch: Batch) -> Metrics:
     if len(advantage_M):
         statistics["advantage_mean"] = float(advantage_M.mean())
         statistics["advantage_std"] = float(advantage_M.std(correction=0))
+        statistics["perplexity"] = float((-batch["logp_sampler_N"][batch["trained_N"]].double().mean()).exp())
     return statistics
 
 

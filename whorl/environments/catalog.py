@@ -32,6 +32,8 @@ _PLACES = {
     "function_calling": "function_calling.FunctionCalling",
     "general_points": "general_points.GeneralPoints",
     "guess_number": "guess_number.GuessNumber",
+    "judged_arithmetic": "judged_arithmetic.JudgedArithmetic",
+    "looping_arithmetic": "looping_arithmetic.LoopingArithmetic",
     "next_token": "next_token.NextToken",
     "reasoning_gym": "reasoning_gym.ReasoningGym",
     "recall": "recall.Recall",

@@ -30,6 +30,7 @@ from whorl.experiments.plan import Arm, Experiment
 from whorl.experiments.starts import (
     content_key,
     contents_of,
+    identity_of,
     read_start,
     start_key,
     start_settings,
@@ -99,7 +100,7 @@ class Comparison:
         carried_out_by = self.experiment.trial
         key = content_key(
             {
-                "settings": settings.to_dict(),
+                "settings": identity_of(settings),
                 "role": arm.role,
                 "start": start.name if start else "",
                 "trial": f"{carried_out_by.__module__}.{carried_out_by.__qualname__}",

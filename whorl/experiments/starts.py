@@ -24,6 +24,9 @@ from whorl.settings import ColdStart, Settings
 VERSION = 1
 """Of the way in which a start is made. Raised when the same settings come to mean other weights."""
 
+ADDED_LATER = ("length_window",)
+"""Settings that there were not yet when results were kept: at their default they do not change what a trial is."""
+
 NUM_PROBED = 16
 """Problems and demonstrations whose text stands for what an environment gives."""
 
@@ -71,9 +74,16 @@ def content_key(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def identity_of(settings: Settings) -> dict[str, Any]:
+    """The settings by which a start or a trial is known."""
+    default = Settings()
+    unset = [name for name in ADDED_LATER if getattr(settings, name) == getattr(default, name)]
+    return {name: value for name, value in settings.to_dict().items() if name not in unset}
+
+
 def start_key(settings: Settings) -> str:
     """The name of a start: the same if and only if the same weights would be made."""
-    return content_key({"version": VERSION, "settings": settings.to_dict()} | contents_of(settings))
+    return content_key({"version": VERSION, "settings": identity_of(settings)} | contents_of(settings))
 
 
 def contents_of(settings: Settings) -> dict[str, Any]:

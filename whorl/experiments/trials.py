@@ -77,8 +77,8 @@ def train_run(trial: Trial) -> Outcome:
     return carry_on(trial, begin_or_go_on(trial))
 
 
-def carry_on(trial: Trial, run: Run) -> Outcome:
-    """Train the trial's run to its end.
+def carry_on(trial: Trial, run: Run, after_step: Callable[[Run], None] = lambda run: None) -> Outcome:
+    """Train the trial's run to its end; `after_step` is called with it after every step.
 
     `Stop` if it ended before its last step: a comparison at equal budget has no use for a shorter curve.
     """
@@ -86,7 +86,7 @@ def carry_on(trial: Trial, run: Run) -> Outcome:
         if not run.warm:
             run.player.start()
             begin(run)
-    elif reason := train(run):
+    elif reason := train(run, after_step):
         raise Stop(reason)
     return Outcome(run.directory.history(), run=run.directory.path)
 

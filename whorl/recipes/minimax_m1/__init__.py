@@ -3,7 +3,16 @@
 The recipe is in `recipe.py`; each other file is one of the paper's claims as an experiment.
 """
 
-from whorl.recipes.minimax_m1 import adam_eps, attention_kinds, fp32_head, generation_flops, stale_updates
+from whorl.recipes.minimax_m1 import (
+    adam_eps,
+    attention_kinds,
+    fp32_head,
+    generation_flops,
+    judge_length_bias,
+    length_windows,
+    repetition_stop,
+    stale_updates,
+)
 from whorl.recipes.minimax_m1.recipe import MinimaxM1
 
 __all__ = ["EXPERIMENTS", "MinimaxM1"]
@@ -14,5 +23,8 @@ EXPERIMENTS = (
     adam_eps.EXPERIMENT,
     attention_kinds.EXPERIMENT,
     generation_flops.EXPERIMENT,
+    repetition_stop.EXPERIMENT,
+    judge_length_bias.EXPERIMENT,
+    length_windows.EXPERIMENT,
 )
 """The first is what `whorl compare minimax_m1` runs."""
