@@ -129,6 +129,24 @@ def test_accuracies_by_bin_count_the_positions_that_are_at_least_so_unsure(tmp_p
     assert values["all"] == pytest.approx(4 / 6)
 
 
+@pytest.mark.parametrize("way", ["continue", "think"])
+def test_plain_prediction_is_greedy_and_pays_for_one_token_and_thoughts_are_drawn_as_in_training(
+    way, tmp_path, monkeypatch
+):
+    run = small_run(tmp_path, monkeypatch, environment=f"next_token,way={way}", cold_start=ColdStart())
+    asked = []
+
+    def play(self, problems, num_samples, sampling, phase):
+        asked.append(sampling)
+        return [Group(p, [play_scripted(self.environment, p, [""])]) for p in problems], 0.0
+
+    monkeypatch.setattr(type(run.player), "play", play)
+    accuracies(run, positions_of(range(1), "test"), [1.0] * 26)
+    drawn = run.settings.sampling
+    plain = replace(drawn, temperature=0.0, max_tokens=len("larger ") + 1)
+    assert asked == [plain if way == "continue" else drawn]
+
+
 def test_positions_are_written_where_the_proxy_is_unsure_enough(tmp_path, monkeypatch):
     run = small_run(tmp_path, monkeypatch, environment="next_token,way=continue", cold_start=ColdStart())
     module = "whorl.recipes.reinforcement_pretraining.entropies"

@@ -72,6 +72,7 @@ class ReinforcementPretraining(Settings):
     scaled: ClassVar[tuple[str, ...]] = (
         "a hybrid of 1.2M parameters made here in place of R1-Distill-Qwen-14B",
         "texts by template with sums in them in place of competition mathematics",
+        "the start is taught to work out sums, in texts and without, which a pretrained model can",
         "characters in place of byte-pair tokens for the policy; words, digits and marks are the corpus's tokens",
         "the start itself is the proxy that filters positions; the paper has a smaller model",
         "32 positions a step in place of 256; learning rate 3e-4 in place of 1e-6",
@@ -102,6 +103,7 @@ class ReinforcementPretraining(Settings):
     rollouts_per_problem: int = 8
     updates_per_batch: int = 1
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(0, 128, 1))
+    stop_after_steps_without_signal: int = 0  # an arm that must not learn is trained to its end
 
 
 # -- where a proxy is unsure -------------------------------------------------------------------------------------------
@@ -267,7 +269,6 @@ def questions_from(trial: Trial, start: Path) -> Metrics:
         trial.settings,
         environment=QUESTIONS, model=str(start), algorithm="GRPO,minus_kl_k3=0", num_steps=QUESTION_STEPS,
         sampling=replace(trial.settings.sampling, max_tokens=32), evaluation=Evaluation(0, 256, 4),
-        stop_after_steps_without_signal=0,
     )  # fmt: skip
     # Whatever the arm's role: the policy before training is a start here like the others.
     outcome = train_run(Trial(trial.arm, "method", settings, trial.folder / "questions"))
