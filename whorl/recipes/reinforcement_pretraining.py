@@ -321,6 +321,8 @@ EXPERIMENTS = (
             _claim("better than reasoning before training", "+22 to +42 points (Table 1)", "medium", "reasoning"),
             _claim("better than continued next-token prediction", "no such row in Table 1", "medium", "more_text"),
             _claim("the text's own continuation is what teaches", "no such arm", "medium", "another_text", 0.02),
+            _claim("the thought is what helps, not the training", "no such arm", "medium", "no_thought", 0.02),
+            _claim("unsure positions teach more than any", "no such arm", "medium", "any_position", 0.02),
             Claim(
                 "prefix matching and first-token matching end alike",
                 "about equal (appendix)",
