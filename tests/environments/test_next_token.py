@@ -7,7 +7,7 @@ import pytest
 from whorl.environments.catalog import make, spec_of
 from whorl.environments.next_token import NextToken, thought_at
 from whorl.environments.scripted import play_scripted
-from whorl.environments.texts import NUMBER_TOKENS, draw_text, tokens_of
+from whorl.environments.texts import LONGEST_TOKEN, NUMBER_TOKENS, draw_text, tokens_of
 from whorl.model.tokenizer import Tokenizer
 
 TASK = NextToken()
@@ -20,9 +20,14 @@ def test_a_text_is_its_tokens_and_its_sums_are_right():
     for index in range(50):
         text = draw_text("train", index)
         assert tokens_of("".join(text.tokens)) == text.tokens
-        assert [len(terms) for terms in text.computed.values()] == [4, 2, 2]
+        assert max(map(len, text.tokens)) == LONGEST_TOKEN
+        assert [len(terms) for terms in text.computed.values()] == [4, 3]
         for place, terms in text.computed.items():
             assert text.tokens[place] == str(sum(terms) % 6)
+        # The second sum goes on from the first, and the larger of them ends the text.
+        first, second = (text.tokens[place] for place in text.computed)
+        assert text.computed[max(text.computed)][0] == int(first)
+        assert text.tokens[-2] == max(first, second)
 
 
 def test_splits_share_neither_a_list_of_digits_nor_a_page_number():
@@ -55,14 +60,14 @@ def test_nothing_from_the_position_on_is_in_what_the_model_reads(way):
 
 
 def test_a_prediction_is_judged_at_the_byte_and_at_the_boundary():
-    problem = TASK.at("train", 0, 11)
-    one, two = TEXT.tokens[11], "".join(TEXT.tokens[11:13])
+    problem = TASK.at("train", 0, 16)
+    one, two = TEXT.tokens[16], "".join(TEXT.tokens[16:18])
 
     def reward(box, task=TASK):
         return play_scripted(task, problem, [f"<think>x</think>\\boxed{{{box}}}"]).reward
 
-    assert (one, two) == (". ", ". All ")
-    assert [reward(box) for box in (one, two, ".", ". A", two + "x", "", "All ")] == [1, 1, 0, 0, 0, 0, 0]
+    assert (one, two) == (". ", ". Sue ")
+    assert [reward(box) for box in (one, two, ".", ". S", two + "x", "", "Sue ")] == [1, 1, 0, 0, 0, 0, 0]
     first = replace(TASK, reward="first_token")
     assert [reward(box, first) for box in (one, two)] == [1, 0]
 
@@ -109,7 +114,7 @@ def test_thoughts_work_sums_out_and_wrong_demonstrations_box_another_token_of_th
     for index in range(400):
         problem = TASK.problem("train", index)
         earned.append(play_scripted(TASK, problem, TASK.traces(problem, rng)).reward)
-    assert abs(np.mean(earned) - 0.3) < 3 * np.sqrt(0.3 * 0.7 / 400)
+    assert abs(np.mean(earned) - 0.2) < 3 * np.sqrt(0.2 * 0.8 / 400)
 
 
 def test_a_small_set_of_demonstrations_has_a_sum_at_every_other_position():
@@ -135,7 +140,7 @@ def test_positions_of_a_file_are_the_training_problems(tmp_path):
 
 
 def test_a_position_outside_the_text_is_refused():
-    with pytest.raises(ValueError, match="tokens 5 to 28"):
-        TASK.at("train", 0, 29)
-    with pytest.raises(ValueError, match="tokens 5 to 28"):
+    with pytest.raises(ValueError, match="tokens 5 to 30"):
+        TASK.at("train", 0, 31)
+    with pytest.raises(ValueError, match="tokens 5 to 30"):
         TASK.at("train", 0, 4)

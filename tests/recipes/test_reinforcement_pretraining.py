@@ -13,16 +13,22 @@ from whorl.data import Group, Score, cu_seqlens_of
 from whorl.environments.next_token import NextToken
 from whorl.environments.scripted import play_scripted
 from whorl.environments.texts import NUMBER_TOKENS, draw_text
+from whorl.evaluation.power_law import fit_power_law
+from whorl.experiments.trials import Outcome, Trial
 from whorl.loop import Clock, sample_groups, train
 from whorl.model.layout import Layout
 from whorl.recipes.reinforcement_pretraining import (
     BINS,
     EXPERIMENTS,
+    STARTS_OF_QUESTIONS,
     ReinforcementPretraining,
     accuracies,
     entropies,
+    law_of_compute,
     main,
+    more_text,
     positions_of,
+    questions_from,
     write_positions,
 )
 from whorl.sampling.draw import Sampling
@@ -123,6 +129,24 @@ def test_accuracies_by_bin_count_the_positions_that_are_at_least_so_unsure(tmp_p
     assert values["all"] == pytest.approx(4 / 6)
 
 
+@pytest.mark.parametrize("way", ["continue", "think"])
+def test_plain_prediction_is_greedy_and_pays_for_one_token_and_thoughts_are_drawn_as_in_training(
+    way, tmp_path, monkeypatch
+):
+    run = small_run(tmp_path, monkeypatch, environment=f"next_token,way={way}", cold_start=ColdStart())
+    asked = []
+
+    def play(self, problems, num_samples, sampling, phase):
+        asked.append(sampling)
+        return [Group(p, [play_scripted(self.environment, p, [""])]) for p in problems], 0.0
+
+    monkeypatch.setattr(type(run.player), "play", play)
+    accuracies(run, positions_of(range(1), "test"), [1.0] * 26)
+    drawn = run.settings.sampling
+    plain = replace(drawn, temperature=0.0, max_tokens=len("larger ") + 1)
+    assert asked == [plain if way == "continue" else drawn]
+
+
 def test_positions_are_written_where_the_proxy_is_unsure_enough(tmp_path, monkeypatch):
     run = small_run(tmp_path, monkeypatch, environment="next_token,way=continue", cold_start=ColdStart())
     module = "whorl.recipes.reinforcement_pretraining.entropies"
@@ -130,10 +154,10 @@ def test_positions_are_written_where_the_proxy_is_unsure_enough(tmp_path, monkey
     file = tmp_path / "positions.jsonl"
     found = write_positions(run, file, num_texts=2, lowest=1.0)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {row["token"] for row in rows} == set(range(20, 29))
-    assert found == {"positions": 2 * 24.0, "kept": 2 * 9.0}
+    assert {row["token"] for row in rows} == set(range(20, 31))
+    assert found == {"positions": 2 * 26.0, "kept": 2 * 11.0}
     task = NextToken(positions=str(file))
-    assert task.problem("train", 9).extra == {"split": "train", "text": 1, "token": 20}
+    assert task.problem("train", 11).extra == {"split": "train", "text": 1, "token": 20}
     with pytest.raises(ValueError, match="is sure of every next token in 2 texts"):
         write_positions(run, file, num_texts=2, lowest=9.0)
 
@@ -152,6 +176,58 @@ def test_the_batch_holds_no_token_of_what_is_predicted_but_what_the_policy_wrote
         assert wrote[first:].all()
         text = draw_text("train", problem.extra["text"]).tokens
         assert run.tokenizer.decode(ids[:first].numpy()) == "think" + "".join(text[: problem.extra["token"]])
+
+
+def test_the_law_is_fitted_to_the_tokens_spent_up_to_each_checkpoint(tmp_path, monkeypatch):
+    """Four checkpoints on 1/2 - 1/(4C): C is 1, 2, 4 and 8 tokens, at steps 1 to 4. The start is no point."""
+    run = small_run(tmp_path, monkeypatch, cold_start=ColdStart())
+    rows = [{"step": 0}] + [
+        {"step": k + 1, "generated_tokens": n} for k, n in enumerate((1.0, 1.0, 2.0, 4.0))
+    ]
+    monkeypatch.setattr(type(run.directory), "history", lambda self: rows)
+    monkeypatch.setattr(type(run.directory), "checkpoint_steps", lambda self: [0, 1, 2, 3, 4])
+    module = "whorl.recipes.reinforcement_pretraining"
+    monkeypatch.setattr(f"{module}.open_run", lambda path, step, read_only: step)
+    rising = {1: 1 / 4, 2: 3 / 8, 3: 7 / 16, 4: 15 / 32}
+
+    def accuracies(step, places, entropy):
+        assert (list(places), list(entropy)) == ([(0, 6), (0, 7)], [0.7, 1.2])  # only positions of a bin
+        return {"easy": rising[step], "medium": 0.2}
+
+    monkeypatch.setattr(f"{module}.accuracies", accuracies)
+    found = law_of_compute(run, [(0, 5), (0, 6), (0, 7)], [0.1, 0.7, 1.2])
+    assert found == pytest.approx({"r2_easy": 1, "exponent_easy": 1}, rel=0.01)
+    # By steps it would be another law.
+    assert fit_power_law([1, 2, 3, 4], list(rising.values())).exponent < 0.5
+
+
+def test_every_start_gets_the_same_second_stage(tmp_path, monkeypatch):
+    """Text and questions go on from the policy that the arm ended with; nothing else tells the arms apart."""
+    (experiment,) = EXPERIMENTS
+    seen = []
+
+    def train_run(trial):
+        seen.append(trial)
+        return Outcome([{"step": 0, "eval_accuracy": 0.25}, {"step": 1}, {"step": 2, "eval_accuracy": 0.75}])
+
+    monkeypatch.setattr("whorl.recipes.reinforcement_pretraining.train_run", train_run)
+    for name in STARTS_OF_QUESTIONS:
+        arm = experiment.arm(name)
+        trial = Trial(name, arm.role, experiment.settings("cpu", arm, 3), tmp_path / name)
+        assert questions_from(trial, tmp_path / name / "run") == {"questions_before": 0.25, "questions": 0.75}
+    assert {trial.settings.model for trial in seen} == {
+        str(tmp_path / n / "run") for n in STARTS_OF_QUESTIONS
+    }
+    assert len({str(replace(trial.settings, model="")) for trial in seen}) == 1
+    assert {trial.role for trial in seen} == {"method"}  # a start would not be trained
+
+
+def test_more_text_reads_as_many_sequences_as_the_method_writes():
+    settings = ReinforcementPretraining()
+    text = more_text(settings)
+    rollouts = settings.num_steps * settings.problems_per_step * settings.rollouts_per_problem
+    assert text.max_updates * text.examples_per_update == rollouts
+    assert text.optimizer == settings.optimizer and text.until_accuracy == 1.0
 
 
 def test_the_arms_differ_from_the_method_in_one_thing_each():

@@ -35,7 +35,7 @@ class NextToken(Environment):
     demonstrated_texts: int = 0
     """Only so many texts in the training split, for a small set of demonstrations, and every other position is one of a
     sum, so that accuracy tells whether sums are learned; 0: without end, any position."""
-    wrong_frac: float = 0.7
+    wrong_frac: float = 0.8
     """Share of demonstrations that box some other token of the text, whatever the thought came to."""
 
     card = Card(

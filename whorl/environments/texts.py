@@ -1,11 +1,11 @@
 """A small corpus of text, made here: English by template, with numbers in it that have to be worked out.
 
-    2718: Ann has 3 5 0 4. All make 0, the outer 1, the inner 5. The largest is 5.
+    2718: Ann has 3+5+0+4=0. Ben has 2+1 more, 3. The larger is 3.
 
-Digits are below six and sums modulo six, so that a small model learns to add in minutes. The page number and the list
-each decide the split, so what is held out shares neither: no context of a position after the number is ever read in
-training, and no list is ever added up there. Who reads along knows most words at once, can guess a name or a listed
-digit no better than by chance, sees the largest digit, and needs steps for a sum of four: positions that are easy,
+Digits are below six and sums modulo six, so that a small model learns to add in minutes. The page number and the four
+digits each decide the split, so what is held out shares neither: no context of a position after the number is ever
+read in training, and no such four are ever added up there. Who reads along knows most words at once, can guess a name
+or an operand no better than by chance, sees the larger sum, and needs steps for a sum: positions that are easy,
 hopeless, middling and worth a thought. A token of this corpus is a word, a digit or a mark with the blank after it.
 """
 
@@ -18,6 +18,9 @@ from whorl.environments.base import problem_rng, split_of
 
 NUMBER_TOKENS = 5
 """Those of the page number and its colon: the first position that has one before it."""
+
+LONGEST_TOKEN = len("larger ")
+"""Characters of the longest token."""
 
 NAMES = ("Ann", "Ben", "Eva", "Gus", "Ida", "Max", "Sue", "Tom")
 
@@ -50,12 +53,12 @@ def draw_text(split: str, index: int) -> Text:
             break
     else:
         raise AssertionError(f"no text for {split} in {NUM_DRAWS} draws, at one in a hundred")
-    a, b, c, d = digits
-    sums = {"make": (a, b, c, d), "outer": (a, d), "inner": (b, c)}
-    totals = {name: sum(terms) % MODULUS for name, terms in sums.items()}
+    name, other = rng.choice(NAMES, 2, replace=False)
+    more = [int(d) for d in rng.integers(0, MODULUS, 2)]
+    first = sum(digits) % MODULUS
+    second = (first + sum(more)) % MODULUS
     tokens = tokens_of(
-        f"{page}: {NAMES[rng.integers(len(NAMES))]} has {a} {b} {c} {d}. All make {totals['make']}, "
-        f"the outer {totals['outer']}, the inner {totals['inner']}. The largest is {max(digits)}."
+        f"{page}: {name} has {'+'.join(map(str, digits))}={first}. "
+        f"{other} has {'+'.join(map(str, more))} more, {second}. The larger is {max(first, second)}."
     )
-    computed = {place + 1: sums[token.strip()] for place, token in enumerate(tokens) if token.strip() in sums}
-    return Text(tokens, computed)
+    return Text(tokens, {tokens.index("=") + 1: tuple(digits), tokens.index("more") + 2: (first, *more)})

@@ -29,7 +29,8 @@ from whorl.cold_start import cold_start
 from whorl.data import Group, Metrics, Problem, cu_seqlens_of
 from whorl.environments.catalog import make, spec_of
 from whorl.environments.next_token import NextToken
-from whorl.environments.texts import NUMBER_TOKENS, draw_text
+from whorl.environments.texts import LONGEST_TOKEN, NUMBER_TOKENS, draw_text
+from whorl.evaluation.power_law import fit_power_law
 from whorl.experiments.plan import Arm, Claim, Experiment, Measure
 from whorl.experiments.readings import value
 from whorl.experiments.trials import Outcome, Trial, begin_or_go_on, train_run
@@ -42,8 +43,15 @@ from whorl.sampling.draw import Sampling
 from whorl.settings import ColdStart, Evaluation, Settings
 
 PLAIN = "next_token,way=continue"
-START = f"{PLAIN} + next_token,demonstrated_texts=2000 + next_token,way=answer,demonstrated_texts=2000"
-"""Plain text, and a small set of thoughts with a box and of boxes alone; seven boxes in ten hold another token."""
+QUESTIONS = "chain_arithmetic,num_terms=4,modulus=6"
+"""The same skill asked for in another form: `3+8+5+4=`, at once or worked out, and no text around it."""
+
+START = (
+    f"{PLAIN} + next_token,demonstrated_texts=2000 + next_token,way=answer,demonstrated_texts=2000"
+    f" + chain_arithmetic,num_terms=3,modulus=6,worked_frac=1 + {QUESTIONS}"
+)
+"""Plain text, a small set of thoughts with a box and of boxes alone, eight boxes in ten with another token, and sums:
+those that thoughts work out are too few to learn adding from in minutes."""
 
 TOP_TOKENS = 16
 """Section 3.2: entropy over the 16 most probable next tokens."""
@@ -64,10 +72,11 @@ class ReinforcementPretraining(Settings):
     scaled: ClassVar[tuple[str, ...]] = (
         "a hybrid of 1.2M parameters made here in place of R1-Distill-Qwen-14B",
         "texts by template with sums in them in place of competition mathematics",
+        "the start is taught to work out sums, in texts and without, which a pretrained model can",
         "characters in place of byte-pair tokens for the policy; words, digits and marks are the corpus's tokens",
         "the start itself is the proxy that filters positions; the paper has a smaller model",
         "32 positions a step in place of 256; learning rate 3e-4 in place of 1e-6",
-        "no reinforcement learning on question answering afterwards (the paper's Table 2)",
+        "30 steps in place of 1,000; questions afterwards are sums, 3 steps, in place of competition mathematics",
     )
     unsaid: ClassVar[tuple[str, ...]] = (
         "the threshold of the filter of training positions: that of the easy bin, 0.5",
@@ -77,12 +86,11 @@ class ReinforcementPretraining(Settings):
 
     environment: str = "next_token"
     max_context: int = 160
-    # The mean over plain text, thoughts and boxes alone. Of plain text 0.7 can be known, and is after 100 updates; of
-    # the boxes one in ten is right after 600. A start that boxes better than it continues has nothing to show.
-    cold_start: ColdStart = field(default_factory=lambda: ColdStart(2000, 0.30, 100, 1024, 48))
+    # The mean over plain text, thoughts, boxes alone and two kinds of sums, before they are worked out 0.25.
+    cold_start: ColdStart = field(default_factory=lambda: ColdStart(1000, 0.45, 50, 500, 80))
     # Section 3.2: no KL, no entropy bonus. Dynamic sampling begins in the middle, as after step 500 of 1,000.
     algorithm: str = "GRPO,minus_kl_k3=0,dynamic_sampling=True"
-    dynamic_sampling_after_steps: int = 30
+    dynamic_sampling_after_steps: int = 15
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.8, max_tokens=64))
     optimizer: OptimizerSettings = field(
         # Adam's betas and the weight decay are the paper's, and so is the limit if "actor gradient clip" means that.
@@ -90,11 +98,12 @@ class ReinforcementPretraining(Settings):
             3e-4, beta2=0.999, eps=1e-8, weight_decay=0.01, max_grad_norm=0.2, warmup_steps=5
         )
     )
-    num_steps: int = 60
+    num_steps: int = 30
     problems_per_step: int = 32
     rollouts_per_problem: int = 8
     updates_per_batch: int = 1
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(0, 128, 1))
+    stop_after_steps_without_signal: int = 0  # an arm that must not learn is trained to its end
 
 
 # -- where a proxy is unsure -------------------------------------------------------------------------------------------
@@ -144,14 +153,25 @@ def write_positions(run: Run, path: Path, num_texts: int, lowest: float = BINS["
 
 # -- the experiment ----------------------------------------------------------------------------------------------------
 
-MORE_TEXT = ColdStart(
-    60, 1.0, 10_000, 128, 256, OptimizerSettings(3e-4, beta2=0.999, eps=1e-8, warmup_steps=5)
-)
-"""Continued next-token prediction: as many sequences forward and backward, of about the same length, as RPT trains on
-(60 x 32 x 8), at the same positions. No accuracy ends it."""
 
-TRAIN_TEXTS, TEST_TEXTS = 1000, 40
+def more_text(settings: Settings) -> ColdStart:
+    """Continued next-token prediction: as many sequences forward and backward as RPT trains on, at the same positions.
+    No accuracy ends it."""
+    rollouts = settings.problems_per_step * settings.rollouts_per_problem
+    return ColdStart(settings.num_steps, 1.0, settings.num_steps, 128, rollouts, settings.optimizer)
+
+
+TRAIN_TEXTS, TEST_TEXTS = 300, 40
 """Texts whose positions are filtered for training, and those at all of whose positions arms are compared."""
+
+LAW_EVERY_STEPS = 3
+"""Steps between the checkpoints to which a power law of compute is fitted; the paper has 100 of 1,000."""
+
+STARTS_OF_QUESTIONS = ("reasoning", "rpt", "more_text")
+"""Arms whose policies are trained on questions afterwards, as in the paper's Table 2."""
+
+QUESTION_STEPS = 3
+"""Steps of that second stage. After five there was nothing left to learn, from either start (one seed)."""
 
 
 def rpt_trial(trial: Trial) -> Outcome:
@@ -170,16 +190,25 @@ def rpt_trial(trial: Trial) -> Outcome:
     chosen = environment if trial.arm == "any_position" else replace(environment, positions=str(file))
     settings = replace(trial.settings, environment=spec_of(chosen))
     if trial.arm == "more_text":
-        run = begin_or_go_on(replace(trial, settings=replace(settings, cold_start=MORE_TEXT)))
+        run = begin_or_go_on(replace(trial, settings=replace(settings, cold_start=more_text(settings))))
         if not run.warm:
             cold_start(run)
             begin(run)
         outcome = Outcome(run.directory.history(), run=run.directory.path)
     else:
+        if trial.role == "method":
+            kept = settings.num_steps // LAW_EVERY_STEPS + 2  # the start and the end
+            settings = replace(settings, checkpoint_every_steps=LAW_EVERY_STEPS, keep_checkpoints=kept)
         outcome = train_run(replace(trial, settings=settings))
     assert outcome.run is not None
     run = open_run(outcome.run, read_only=True)
-    return replace(outcome, values=accuracies(run, *json.loads(held_out.read_text())))
+    places, entropy = json.loads(held_out.read_text())
+    values = accuracies(run, places, entropy)
+    if trial.role == "method":
+        values |= law_of_compute(run, places, entropy)
+    if trial.arm in STARTS_OF_QUESTIONS:
+        values |= questions_from(trial, outcome.run)
+    return replace(outcome, values=values)
 
 
 def accuracies(run: Run, places: Sequence[Sequence[int]], entropy: Sequence[float]) -> Metrics:
@@ -194,8 +223,9 @@ def accuracies(run: Run, places: Sequence[Sequence[int]], entropy: Sequence[floa
     judge = replace(environment, reward="prefix", positions=None)
     problems = [judge.at("test", text, token) for text, token in places]
     player = replace(run.player, environment=judge)
-    drawn = run.settings.sampling
-    sampling = replace(drawn, temperature=0.0) if judge.way == "continue" else drawn
+    sampling = run.settings.sampling
+    if judge.way == "continue":  # one character more shows where the first token ends
+        sampling = replace(sampling, temperature=0.0, max_tokens=LONGEST_TOKEN + 1)
     groups: list[Group] = player.play(problems, 1, sampling, ("held out",))[0]
     right = np.array([group.rewards[0] for group in groups])
     summed = np.array([token in draw_text("test", text).computed for text, token in places])
@@ -211,6 +241,41 @@ def _mean(values: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else math.nan
 
 
+def law_of_compute(run: Run, places: Sequence[Sequence[int]], entropy: Sequence[float]) -> Metrics:
+    """R² and exponent, by bin, of a power law of the tokens generated in training, over the run's checkpoints.
+
+    The start is left out: no compute was spent there. So is a bin whose accuracy never changes.
+    """
+    path, history = run.directory.path, run.directory.history()
+    unsure = [at for at, nats in enumerate(entropy) if nats >= min(BINS.values())]
+    places, entropy = [places[at] for at in unsure], [entropy[at] for at in unsure]
+    spent, found = [], []
+    for step in filter(None, run.directory.checkpoint_steps()):
+        spent.append(sum(row.get("generated_tokens") or 0.0 for row in history if row["step"] <= step))
+        found.append(accuracies(open_run(path, step=step, read_only=True), places, entropy))
+    values = {}
+    for name in BINS:
+        try:
+            law = fit_power_law(spent, [accuracy[name] for accuracy in found])
+        except (ValueError, KeyError):
+            continue
+        values |= {f"r2_{name}": law.r2, f"exponent_{name}": law.exponent}
+    return values
+
+
+def questions_from(trial: Trial, start: Path) -> Metrics:
+    """Accuracy at held-out questions before and after reinforcement learning on others, from the policy of a run."""
+    settings = replace(
+        trial.settings,
+        environment=QUESTIONS, model=str(start), algorithm="GRPO,minus_kl_k3=0", num_steps=QUESTION_STEPS,
+        sampling=replace(trial.settings.sampling, max_tokens=32), evaluation=Evaluation(0, 256, 4),
+    )  # fmt: skip
+    # Whatever the arm's role: the policy before training is a start here like the others.
+    outcome = train_run(Trial(trial.arm, "method", settings, trial.folder / "questions"))
+    accuracy = [row["eval_accuracy"] for row in outcome.rows if "eval_accuracy" in row]
+    return {"questions_before": accuracy[0], "questions": accuracy[-1]}
+
+
 def _claim(text: str, theirs: str, measure: str, baseline: str, margin: float | None = None) -> Claim:
     return Claim(text, theirs, measure, "rpt", baseline, margin=margin)
 
@@ -221,7 +286,6 @@ EXPERIMENTS = (
         question="Does reasoning learned from a text predict its next tokens better than plain prediction?",
         cpu=ReinforcementPretraining(),
         start={"environment": START, "cold_start": ReinforcementPretraining().cold_start},
-        num_seeds=3,  # an arm takes four minutes of a core
         trial=rpt_trial,
         arms=(
             Arm("text", "start", {"environment": PLAIN}, "next-token prediction by the start, greedy"),
@@ -241,6 +305,12 @@ EXPERIMENTS = (
             Measure("sums", "held-out accuracy at sums", value("sums")),
             Measure("others", "held-out accuracy everywhere else", value("others")),
             Measure("all", "held-out accuracy at all positions", value("all")),
+            Measure("questions_before", "held-out questions right, before training on them", value("questions_before")),
+            Measure("questions", f"the same after {QUESTION_STEPS} steps on others", value("questions")),
+            *(
+                Measure(f"r2_{name}", f"R2 of a power law of compute, {name} positions", value(f"r2_{name}"))
+                for name in BINS
+            ),
             Measure("tokens", "tokens written per prediction", value("tokens"), False, "tokens"),
         ),
         claims=(
@@ -251,6 +321,8 @@ EXPERIMENTS = (
             _claim("better than reasoning before training", "+22 to +42 points (Table 1)", "medium", "reasoning"),
             _claim("better than continued next-token prediction", "no such row in Table 1", "medium", "more_text"),
             _claim("the text's own continuation is what teaches", "no such arm", "medium", "another_text", 0.02),
+            _claim("the thought is what helps, not the training", "no such arm", "medium", "no_thought", 0.02),
+            _claim("unsure positions teach more than any", "no such arm", "medium", "any_position", 0.02),
             Claim(
                 "prefix matching and first-token matching end alike",
                 "about equal (appendix)",
@@ -259,12 +331,22 @@ EXPERIMENTS = (
             Claim(
                 "accuracy follows a power law of compute",
                 "R2 0.995, 0.997 and 0.989 (Figure 4)",
-                untestable="one decade of compute at one size shows no law",
+                untestable="one decade of compute at one size shows no law, whatever the R2 of its fit",
             ),
             Claim(
                 "a better start for reinforcement learning on questions",
-                "58.3 against 52.7 and 13.0 (Table 2)",
-                untestable="not run: the second stage is not part of this recipe",
+                "58.3 against 52.7 (Table 2)",
+                "questions", "rpt", "reasoning", margin=0.02,
+            ),
+            Claim(
+                "a better start than continued next-token prediction makes",
+                "58.3 against 13.0 (Table 2)",
+                "questions", "rpt", "more_text", margin=0.02,
+            ),
+            Claim(
+                "questions are answered better before any training on them",
+                "56.3 against 51.2 (Table 2)",
+                "questions_before", "rpt", "reasoning", margin=0.02,
             ),
         ),
     ),
