@@ -62,7 +62,9 @@ def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | No
     # A palette, since the picture is kept in the repository: a third of the bytes of full colour. The method that
     # covers all colours: a median cut gives rare ones, such as a line's in the legend, to their neighbours.
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(256, Image.Quantize.MAXCOVERAGE, 2, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, 2, dither=Image.Dither.NONE).save(
+        buffer, format="png", optimize=True
+    )
     return buffer.getvalue()
 
 
