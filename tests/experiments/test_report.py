@@ -1,13 +1,18 @@
 """The report of an experiment: tables that can be checked by hand, and the curves behind the picture."""
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.experiments.tiny_recipe import EXPERIMENTS
-from whorl.experiments.curves import draw_curves, mean_curve
+from whorl.experiments.curves import COLOURS, draw_curves, mean_curve
 from whorl.experiments.judge import Result
+from whorl.experiments.plan import Arm
 from whorl.experiments.readings import AtLeast
-from whorl.experiments.report import cost_table, difference_table, measure_table, number
+from whorl.experiments.report import cost_table, difference_table, measure_table, number, unread_lines
 
 SCRIPTED = EXPERIMENTS[0]
 
@@ -90,3 +95,31 @@ def test_a_picture_is_drawn_if_there_is_a_curve():
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
+
+
+def test_what_has_no_number_is_said_once_for_all_seeds_of_an_arm():
+    unread = [Result("plain", seed, "k", unread={"steps": "no row has it"}) for seed in range(2)] + [
+        Result("better", 0, "k", unread={"steps": "another reason"})
+    ]
+    assert unread_lines(unread) == [
+        "- plain, seeds 0, 1: steps: no row has it",
+        "- better, seed 0: steps: another reason",
+    ]
+
+
+def test_every_arm_keeps_its_colour_in_the_picture():
+    arms = tuple(Arm(f"arm_{number}", "control") for number in range(7))
+    many = replace(SCRIPTED, arms=(*arms, Arm("plain", "baseline")), claims=())
+    # Bands that overlap fill the palette with mixtures; one arm is a single point.
+    results = [
+        result(arm.name, seed, 0, curve=[[0, 9], [0.1 * number, 0.1 * number + 0.3 * seed]])
+        for number, arm in enumerate(arms[1:])
+        for seed in range(3)
+    ] + [result("arm_0", seed, 0, curve=[[0], [0.9]]) for seed in range(3)]
+    picture = draw_curves(many, results)
+    assert picture is not None
+    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).reshape(-1, 3).astype(int)
+    for colour in COLOURS[:7]:
+        wanted = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+        near = np.abs(pixels - wanted).max(axis=1) < 16
+        assert near.sum() > 10, colour

@@ -73,13 +73,12 @@ def report_lines(
     if has_curves:
         lines += ["## Curves", "", "Mean over seeds, with its 95% interval.", "", "![curves](curves.png)", ""]
     lines += ["## Cost", "", *cost_table(experiment, results), ""]
-    failed = [result for result in results if result.reason or result.unread]
-    if failed:
+    if failed := [result for result in results if result.reason]:
         lines += ["## What failed", ""]
-        for result in failed:
-            reasons = [result.reason, *(f"{name}: {why}" for name, why in result.unread.items())]
-            lines.append(f"- {result.arm}, seed {result.seed}: {'; '.join(filter(None, reasons))}")
+        lines += [f"- {result.arm}, seed {result.seed}: {result.reason}" for result in failed]
         lines.append("")
+    if unread := unread_lines(results):
+        lines += ["## What has no number", "", *unread, ""]
     if config["starts"]:
         lines += ["## Starts", "", *start_table(config["starts"]), ""]
     lines += ["## Arms", "", *arm_table(experiment), ""]
@@ -89,6 +88,18 @@ def report_lines(
     codes = sorted({result.code for result in results if result.code})
     lines.append(f"Made with {told}; whorl's source {', '.join(codes)}.")
     return [*lines, ""]
+
+
+def unread_lines(results: Sequence[Result]) -> list[str]:
+    """Which measures could not be read and why, once for all seeds of an arm."""
+    seeds: dict[tuple[str, str, str], list[int]] = {}
+    for result in results:
+        for name, why in result.unread.items():
+            seeds.setdefault((result.arm, name, why), []).append(result.seed)
+    return [
+        f"- {arm}, seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}: {name}: {why}"
+        for (arm, name, why), own in seeds.items()
+    ]
 
 
 def verdict_table(experiment: Experiment, judged: Sequence[Judged]) -> list[str]:
