@@ -43,6 +43,8 @@ def tables_of_model(name: str, gpus: int, dtype: torch.dtype, state: OptimizerSt
     if rank.gathered:
         table.add_row("largest layer, gathered", _gib(rank.gathered))
     table.add_row("all", _gib(rank.total), style="bold")
+    if rank.sampler:
+        table.add_row(f"to play rollouts: the whole policy ({words})", _gib(rank.sampler))
     table.add_row("one sequence: lightning states (float32)", _gib(rank.lightning_state))
     table.add_row(f"one sequence: keys and values of 1,024 tokens ({words})", _gib(rank.kv_per_1k_tokens))
     return [*tables(config, name), table]

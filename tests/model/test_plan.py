@@ -42,8 +42,9 @@ def test_memory_of_a_rank_is_the_share_of_what_training_keeps():
     assert memory.lightning_state == 70 * 64 * 128 * 128 * 4 == 293_601_280
     assert memory.kv_per_1k_tokens == 10 * 2 * 8 * 128 * 2 * 1024
     assert memory.total == 18 * share + memory.gathered
+    assert memory.sampler == memory.weights * 64
     alone = rank_of(m1_nano(), 1, torch.float32)
-    assert alone.masters == alone.gathered == 0
+    assert alone.masters == alone.gathered == alone.sampler == 0
     with pytest.raises(ValueError, match="gpus must be at least 1; got 0"):
         rank_of(m1_nano(), 0, torch.float32)
 

@@ -69,6 +69,8 @@ class Rank(Kept):
     """
 
     gathered: int
+    sampler: int
+    """The whole policy, which every rank of a run that plays rollouts holds beside its part; 0 if it has it all."""
     lightning_state: int
     """Of one sequence, of any length."""
     kv_per_1k_tokens: int
@@ -92,6 +94,7 @@ def rank_of(config: ModelConfig, gpus: int, dtype: torch.dtype, state: Optimizer
     return Rank(
         **{name: -(-value // gpus) for name, value in vars(whole).items()},
         gathered=0 if gpus == 1 else max(blocks) * dtype.itemsize,
+        sampler=0 if gpus == 1 else sum(sizes) * dtype.itemsize,
         lightning_state=matrices,
         kv_per_1k_tokens=row * 1024,
     )
