@@ -106,7 +106,7 @@ def test_the_ledger_of_this_checkout_is_current():
 def test_results_in_this_checkout_are_small_and_name_no_machine():
     for folder in (Path(cli.__file__).parents[1] / "results").glob("*/*"):
         size = sum(file.stat().st_size for file in folder.iterdir())
-        assert size <= 200_000, f"{folder.name}: {size:,} bytes are too many for the repository"
+        assert size <= 250_000, f"{folder.name}: {size:,} bytes are too many for the repository"
         for file in folder.glob("*.json"):
             assert "/tmp/" not in file.read_text() and "/home/" not in file.read_text(), file
 

@@ -14,6 +14,9 @@ from whorl.reporting.glossary import describe
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 """Okabe and Ito's, which readers with any colour vision can tell apart; the baseline is black."""
 
+STROKES = ("-", "--", ":")
+"""Of the first arms, and of those for which no colour is left."""
+
 
 def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | None:
     """One panel per metric, one line per arm: mean over seeds with Student's band. None if there is no curve."""
@@ -27,8 +30,8 @@ def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | No
     if not names:
         return None
     by_tokens = experiment.budget == "generated_tokens"
-    others = iter(COLOURS * len(arms))
-    colours = {arm.name: "black" if arm == experiment.baseline else next(others) for arm in arms}
+    others = iter([(colour, stroke) for stroke in STROKES for colour in COLOURS] * len(arms))
+    lines = {arm.name: ("black", "-") if arm == experiment.baseline else next(others) for arm in arms}
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     with matplotlib.rc_context({"font.size": 9}):
@@ -40,11 +43,12 @@ def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | No
                 own = [r for r in results_of(results, arm.name).values() if name in r.curves]
                 if own:
                     x_T, mean_T, low_T, high_T = mean_curve(own, name, by_tokens=by_tokens)
+                    colour, stroke = lines[arm.name]
                     marker = "o" if len(x_T) == 1 else None
                     panel.plot(
-                        x_T, mean_T, color=colours[arm.name], linewidth=1.5, marker=marker, label=arm.name
+                        x_T, mean_T, stroke, color=colour, linewidth=1.5, marker=marker, label=arm.name
                     )
-                    panel.fill_between(x_T, low_T, high_T, color=colours[arm.name], alpha=0.13, linewidth=0)
+                    panel.fill_between(x_T, low_T, high_T, color=colour, alpha=0.13, linewidth=0)
             panel.set_title(name, loc="left", fontsize=9)
             panel.set_xlabel("generated tokens" if by_tokens else "step")
             _within_reason(panel, name)
