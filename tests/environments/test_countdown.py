@@ -93,9 +93,7 @@ def test_impossible_settings_are_refused(settings: dict) -> None:
         Countdown(**settings)
 
 
-def test_a_demonstrated_search_computes_right_and_ends_with_the_first_attempt_that_reaches_the_target() -> (
-    None
-):
+def test_a_demonstrated_search_computes_right_and_ends_where_it_first_reaches_the_target() -> None:
     task = Countdown(num_numbers=4, max_number=10, max_target=100, worked_frac=1.0, max_attempts=5)
     rng = np.random.default_rng(0)
     lengths = set()

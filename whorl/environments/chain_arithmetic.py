@@ -69,6 +69,28 @@ class ChainArithmetic(Environment):
 
         return first_draw(self, split, index, propose)
 
+    def in_two_forms(self, split: str, index: int, form: str, frac: float) -> Problem:
+        """A sum that ends in `=`, or in this share of the problems in `:`, which `extra[form]` tells.
+
+        By the sum alone it belongs to a split: no problem may be trained on in one form and held out in the other.
+        """
+
+        def propose(rng: np.random.Generator) -> Problem | None:
+            terms = [int(term) for term in rng.integers(0, 10, self.num_terms)]
+            total = "+".join(map(str, terms))
+            other = bool(rng.random() < frac)
+            if split_of(f"{self.name} {total}") != split:
+                return None
+            return Problem(
+                f"{self.name}/{split}/{index}",
+                total + (":" if other else "="),
+                str(sum(terms) % self.modulus),
+                self.name,
+                extra={"terms": terms, form: other},
+            )
+
+        return first_draw(self, split, index, propose)
+
     def verify(self, problem: Problem, rollout: Rollout) -> Score:
         working, mark, tail = rollout.reply.partition("#")
         parts = {"worked": float(bool(mark) and bool(working))}

@@ -6,9 +6,9 @@ from typing import ClassVar
 import numpy as np
 
 from whorl.data import Problem
-from whorl.environments.base import Card, split_of
+from whorl.environments.base import Card
 from whorl.environments.chain_arithmetic import ChainArithmetic
-from whorl.environments.generated import first_draw, require
+from whorl.environments.generated import require
 
 FORK = "?"
 """The token that begins a worked answer."""
@@ -45,22 +45,7 @@ class ForkedArithmetic(ChainArithmetic):
         require(0.0 <= self.explained_frac <= 1.0, self, "explained_frac from 0 to 1")
 
     def problem(self, split: str, index: int) -> Problem:
-        def propose(rng: np.random.Generator) -> Problem | None:
-            terms = [int(term) for term in rng.integers(0, 10, self.num_terms)]
-            total = "+".join(map(str, terms))
-            explained = bool(rng.random() < self.explained_frac)
-            # By the sum alone: no problem may be trained on in one form and held out in the other.
-            if split_of(f"{self.name} {total}") != split:
-                return None
-            return Problem(
-                f"{self.name}/{split}/{index}",
-                total + (":" if explained else "="),
-                str(sum(terms) % self.modulus),
-                self.name,
-                extra={"terms": terms, "explained": explained},
-            )
-
-        return first_draw(self, split, index, propose)
+        return self.in_two_forms(split, index, "explained", self.explained_frac)
 
     def traces(self, problem: Problem, rng: np.random.Generator) -> tuple[str, ...]:
         worked = rng.random() < (1.0 if problem.extra["explained"] else self.worked_frac)

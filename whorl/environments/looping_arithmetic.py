@@ -1,15 +1,15 @@
 """Chain arithmetic with planted loops, and tables that look like loops and are right."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
 
 from whorl.data import Problem, Rollout, Score
-from whorl.environments.base import Card, split_of
+from whorl.environments.base import Card
 from whorl.environments.chain_arithmetic import ChainArithmetic
-from whorl.environments.generated import first_draw, require
+from whorl.environments.generated import require
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,10 @@ class LoopingArithmetic(ChainArithmetic):
         return (1 - self.table_frac) / self.modulus
 
     def problem(self, split: str, index: int) -> Problem:
-        def propose(rng: np.random.Generator) -> Problem | None:
-            terms = [int(term) for term in rng.integers(0, 10, self.num_terms)]
-            total = "+".join(map(str, terms))
-            table = bool(rng.random() < self.table_frac)
-            # By the sum alone: no problem may be trained on in one form and held out in the other.
-            if split_of(f"{self.name} {total}") != split:
-                return None
-            answer = self.table(terms[0]) if table else str(sum(terms) % self.modulus)
-            prompt = total + (":" if table else "=")
-            extra = {"terms": terms, "table": table}
-            return Problem(f"{self.name}/{split}/{index}", prompt, answer, self.name, extra=extra)
-
-        return first_draw(self, split, index, propose)
+        problem = self.in_two_forms(split, index, "table", self.table_frac)
+        if not problem.extra["table"]:
+            return problem
+        return replace(problem, answer=self.table(problem.extra["terms"][0]))
 
     def verify(self, problem: Problem, rollout: Rollout) -> Score:
         looped = {"looped": float(loops(rollout.reply))}

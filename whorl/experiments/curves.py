@@ -1,6 +1,7 @@
 """Curves of arms over seeds, with bands, as a picture."""
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | No
     if not names:
         return None
     by_tokens = experiment.budget == "generated_tokens"
-    others = iter([(colour, stroke) for stroke in STROKES for colour in COLOURS] * len(arms))
+    others = itertools.cycle((colour, stroke) for stroke in STROKES for colour in COLOURS)
     lines = {arm.name: ("black", "-") if arm == experiment.baseline else next(others) for arm in arms}
     columns = min(2, len(names))
     rows = -(-len(names) // columns)

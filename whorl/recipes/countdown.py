@@ -2,8 +2,7 @@
 
 Countdown with four numbers: the policy writes attempts, step by step, until one reaches the target, then the
 expression. The cold start shows searches whose failed attempts are drawn blindly, so it learns to compute, to
-notice the target and to stop; CISPO on the verifier's reward alone makes it try what is likely to work, compute
-without slips and search on where it used to give up.
+notice the target and to stop. What CISPO on the verifier's reward alone makes of that is the question.
 """
 
 from dataclasses import dataclass, field
