@@ -34,7 +34,8 @@ def compare(
         budget: which of the experiment's settings.
         arms: some of the arms, with commas between them; by default all. Earlier results of others are kept.
         out: folder of the results.
-        jobs: trials at once, each with one thread; by default one per core, and one on a gpu.
+        jobs: trials at once, each with one thread; by default one per core, or one per GPU. Several GPUs share them
+            evenly.
         fresh: do trials again that are finished.
     """
     comparisons = comparisons_of(

@@ -15,6 +15,18 @@ def test_the_answer_is_the_digits_in_the_order_of_the_questions() -> None:
     assert half.score is not None and half.score.parts == {"digits_right": 0.5}
 
 
+def test_a_keyed_answer_has_each_letter_before_its_digit() -> None:
+    keyed = Recall(num_pairs=4, num_queries=2, keyed=True)
+    problem = keyed.problem("train", 0)
+    pairs, _, asked = problem.prompt.partition(":")
+    values = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    assert problem.answer == "".join(key + values[key] for key in asked)
+    replies = ("c1a3", "c1a9", "a3c1", "13", "c1a", "c1a33", "")
+    scores = [play_scripted(keyed, Problem("p", "a3k7c1d9:ca", "c1a3"), [reply]).score for reply in replies]
+    found = [(score.reward, score.parts["digits_right"]) for score in scores if score]
+    assert found == [(1.0, 1.0), (0.0, 0.5), *[(0.0, 0.0)] * 5]
+
+
 def test_every_key_stands_once_and_every_question_is_about_a_pair_that_is_there() -> None:
     for index in range(100):
         problem = TASK.problem("train", index)
@@ -33,7 +45,11 @@ def test_the_splits_share_no_prompt() -> None:
 
 
 def test_guessing_earns_what_the_chance_says() -> None:
-    one = Recall(num_pairs=4, num_queries=1)
+    for one in (Recall(num_pairs=4, num_queries=1), Recall(num_pairs=4, num_queries=1, keyed=True)):
+        earns_its_chance(one)
+
+
+def earns_its_chance(one: Recall) -> None:
     rng = np.random.default_rng(0)
     problems = [one.problem("test", i) for i in range(400)]
     earned = [play_scripted(one, p, one.guess(p, rng)).reward for p in problems]

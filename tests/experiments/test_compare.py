@@ -39,7 +39,7 @@ def quiet(tasks) -> None:
 class Here:
     """In place of a process: the task is done at once, in this one."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, gpu: str | None = None):
         self.stdin, self.returncode = io.BytesIO(), 0
         try:
             work(folder)
@@ -212,7 +212,7 @@ def test_kill_9_at_any_time_and_the_same_command_comes_to_the_same_results(tmp_p
 def test_an_interrupted_comparison_leaves_no_process_and_goes_on(tmp_path, monkeypatch):
     started = []
 
-    def sleeping(folder: Path) -> subprocess.Popen:
+    def sleeping(folder: Path, gpu: str | None) -> subprocess.Popen:
         started.append(subprocess.Popen(["sleep", "100"], stdin=subprocess.PIPE))
         return started[-1]
 
@@ -299,6 +299,37 @@ def test_all_experiments_or_one_are_chosen_by_name(tmp_path):
     every = comparisons_of("t", MODULE, EXPERIMENTS, experiment="all", **plain)
     assert [(c.experiment.name, len(c.seeds)) for c in every] == [("scripted", 3), ("losses", 2)]
     assert every[1].command == "whorl compare t --experiment losses"
+    only_gpu = replace(EXPERIMENTS[1], cpu=None, gpu=EXPERIMENTS[1].cpu)
+    (rest,) = comparisons_of("t", MODULE, (EXPERIMENTS[0], only_gpu), experiment="all", **plain)
+    assert rest.experiment.name == "scripted"
+    with pytest.raises(ValueError, match="it needs --budget gpu"):
+        comparisons_of("t", MODULE, (only_gpu,), experiment=None, **plain)
     plain |= {"seeds": 1, "arms": "cispo"}
     (part,) = comparisons_of("t", MODULE, EXPERIMENTS, experiment="losses", **plain)
     assert part.command == "whorl compare t --experiment losses --seeds 1" and len(part.arms) == 1
+
+
+def test_processes_are_shared_out_evenly_among_the_gpus(tmp_path, monkeypatch, in_this_process):
+    given: list[str | None] = []
+
+    class Ended:
+        """A process that ends without a result at the second look."""
+
+        def __init__(self, folder: Path, gpu: str | None = None):
+            given.append(gpu)
+            (folder / "log.txt").write_text("it was no use")
+            self.stdin, self.returncode, self.looks = io.BytesIO(), 1, 0
+
+        def poll(self) -> int | None:
+            self.looks += 1
+            return self.returncode if self.looks > 1 else None
+
+    monkeypatch.setattr("whorl.experiments.compare.start_process", Ended)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    on_gpu = replace(SCRIPTED, gpu=SCRIPTED.cpu)
+    whole = replace(comparison(on_gpu, tmp_path, 2), budget="gpu")
+    assert {result.again for result in run_comparison(whole, 4, lambda tasks: None)} == {True}
+    assert len(given) == 8 and all(set(given[i : i + 2]) == {"3", "5"} for i in range(0, 8, 2))
+    given.clear()
+    run_comparison(replace(whole, budget="cpu"), 4, lambda tasks: None)
+    assert set(given) == {None}

@@ -114,7 +114,7 @@ def test_results_in_this_checkout_are_small_and_name_no_machine():
 @pytest.mark.parametrize("name", sorted(recipes_with_experiments()))
 def test_the_experiments_of_a_recipe_can_be_begun(name):
     for experiment in recipes_with_experiments()[name][1]:
-        for budget in ("cpu", "gpu") if experiment.gpu else ("cpu",):
+        for budget in experiment.budgets:
             whole = Comparison(
                 f"whorl.recipes.{name}", name, experiment, (0, 1), budget, Path("results"), experiment.arms
             )

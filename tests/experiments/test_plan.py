@@ -79,6 +79,8 @@ def test_a_whole_part_and_a_piece_of_it_can_both_be_changed():
         ({"claims": (Claim("c", "", "accuracy", "cispo", "grpo", margin=0.0),)}, "must be above 0"),
         ({"budget": "generated_tokens"}, "set num_generated_tokens"),
         ({"name": "two words"}, "letters, digits"),
+        ({"cpu": None}, "settings for no budget"),
+        ({"gpu": Settings(), "gpu_start": {"modle": "m1-nano"}}, "did you mean model?"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_when_the_recipe_is_read(changes, said):
@@ -95,6 +97,9 @@ def test_there_is_no_gpu_budget_unless_the_recipe_has_one():
     with pytest.raises(ValueError, match="leave out --budget gpu"):
         experiment().settings("gpu", ARMS[0], 0)
     assert experiment(gpu=Settings()).settings("gpu", ARMS[0], 1) == Settings(seed=1, device="cuda")
+    both = experiment(gpu=Settings(), start={"seed": 1}, gpu_start={"seed": 2})
+    assert (both.start_changes("cpu"), both.start_changes("gpu")) == ({"seed": 1}, {"seed": 2})
+    assert experiment(gpu=Settings(), start={"seed": 1}).start_changes("gpu") == {"seed": 1}
 
 
 def test_the_first_baseline_is_what_the_others_are_compared_with():

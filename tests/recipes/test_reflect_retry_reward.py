@@ -236,27 +236,38 @@ def test_held_out_values_follow_the_transcripts_and_swap_reflections(tmp_path, m
     values = held_out_values(run)
     assert values["first_try"] == pytest.approx(1 / 3)
     assert values["second_try"] == pytest.approx(2 / 3)
-    assert values["retry"] == values["advice"] == values["told_answer"] == 1 / 2
+    assert values["retry"] == values["advice"] == 1 / 2
+    assert values["told_answer"] == 1.0  # the working of one ends at the target, the other is the answer
     assert values["reflection_tokens"] == (19 + 10) / 2  # ends included
     own, swapped = ([p.extra["said"]["reflection"] for p in problems] for problems in asked[1:])
     assert own == [tries["a"][1], tries["b"][1]]
     assert swapped == own[::-1]
 
 
-def test_the_arms_differ_from_the_method_in_one_thing_each():
-    (experiment,) = EXPERIMENTS
-    base = experiment.cpu
-    assert base.environment == TASK
+ONCE = {
+    "reflect_retry_reward": "chain_arithmetic,num_terms=4,modulus=5",
+    "countdown": "countdown",
+    "function_calling": "function_calling,num_tools=3,max_calls=1",
+}
+
+
+def test_the_default_run_is_on_the_first_experiments_task():
+    assert EXPERIMENTS[0].cpu is not None and EXPERIMENTS[0].cpu.environment == TASK
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
+def test_the_arms_differ_from_the_method_in_one_thing_each(experiment):
+    (budget,) = experiment.budgets
     changes = {arm.name: set(arm.changes) for arm in experiment.arms}
     assert changes["rrr"] == set()
     assert changes["shuffled"] == {"rewards_of"}
     assert changes["answers_too"] == {"trained_roles"}
     for arm in experiment.arms:
-        settings = experiment.settings("cpu", arm, 0)
+        settings = experiment.settings(budget, arm, 0)
         assert isinstance(settings, ReflectRetryReward)
         task = make(settings.environment)
         inner = task.inner if isinstance(task, ReflectRetry) else task
-        assert inner == make("chain_arithmetic,num_terms=4,modulus=5")
+        assert inner == make(ONCE[experiment.name])
         # Somebody writes turns of the roles that are trained.
         reflects = isinstance(task, ReflectRetry) and task.reflection == "written"
         written = {"reflection", "retry"} if reflects else {"assistant", "retry"}

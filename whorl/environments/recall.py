@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from whorl.data import Problem
+from whorl.data import Problem, Rollout, Score
 from whorl.environments.base import Card, split_of
 from whorl.environments.generated import DigitsTask, first_draw, require
 
@@ -22,10 +22,13 @@ class Recall(DigitsTask):
 
     num_pairs: int = 16
     num_queries: int = 4
+    keyed: bool = False
+    """Letters stand in the answer too, each before its digit: `c1a3`. Small models learn that far sooner: what they
+    look up is then the letter just written, not one some way back."""
 
     card = Card(
         prompt="pairs of a letter and a digit, a colon, letters: a3k7c1d9:ca",
-        turn="one: the digits of the letters asked for, in their order, and nothing else",
+        turn="one: the digits of the letters asked for, in their order, and nothing else; if keyed, letters too: c1a3",
         ends="after the reply",
         reward="1 if every digit is right, else 0; the part digits_right is the share of right ones",
         chance=1e-4,
@@ -49,7 +52,27 @@ class Recall(DigitsTask):
             prompt = f"{pairs}:{''.join(KEYS[keys[a]] for a in asked)}"
             if split_of(f"{self.name} {prompt}") != split:
                 return None
-            answer = "".join(str(values[a]) for a in asked)
+            answer = "".join((KEYS[keys[a]] if self.keyed else "") + str(values[a]) for a in asked)
             return Problem(f"{self.name}/{split}/{index}", prompt, answer, self.name)
 
         return first_draw(self, split, index, propose)
+
+    def verify(self, problem: Problem, rollout: Rollout) -> Score:
+        if not self.keyed:
+            return super().verify(problem, rollout)
+        expected, reply = problem.answer or "", rollout.reply.strip(" \n")
+        if len(reply) != len(expected) or reply[::2] != expected[::2]:
+            return Score(0.0, {"digits_right": 0.0}, f"expected {expected[::2]}, a digit after each letter")
+        matches = sum(a == b for a, b in zip(reply[1::2], expected[1::2], strict=True))
+        parts = {"digits_right": matches / self.num_queries}
+        right = matches == self.num_queries
+        return Score(
+            float(right), parts, "right" if right else f"{matches} of {self.num_queries} digits are right"
+        )
+
+    def guess(self, problem: Problem, rng: np.random.Generator) -> tuple[str, ...]:
+        (digits,) = super().guess(problem, rng)
+        if not self.keyed:
+            return (digits,)
+        letters = (problem.answer or "")[::2]
+        return ("".join(letter + digit for letter, digit in zip(letters, digits, strict=True)),)

@@ -152,8 +152,10 @@ class ReflectRetry(Environment):
         return Score(second.reward, parts, f"retry: {second.why}")
 
     def tells(self, problem: Problem, reflection: str) -> bool:
-        """Whether one of its words is a right answer, or working in it ends in one."""
+        """Whether one of its words is a right answer, or working in it ends in one, or at the target."""
         words = re.split(r"[ ,:=]", reflection)
+        if "=" in reflection and words[-1] == str(problem.extra.get("target")):
+            return True
         candidates = (reflection, *words, f"#{words[-1]}")
         return any(self._judge(problem, word).reward == 1.0 for word in dict.fromkeys(candidates))
 

@@ -3,16 +3,15 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import rich.console
 import rich.markup
 import torch
 from rich.table import Table
 
-from whorl.experiments.compare import Comparison, run_comparison
+from whorl.experiments.compare import Comparison, run_comparison, visible_gpus
 from whorl.experiments.judge import Judged, judge
-from whorl.experiments.plan import Experiment, named
+from whorl.experiments.plan import Budget, Experiment, named
 from whorl.experiments.report import comparison_text, write_report
 from whorl.experiments.watch import Board
 
@@ -25,7 +24,7 @@ def comparisons_of(
     experiment: str | None,
     arms: str | None,
     seeds: int | None,
-    budget: Literal["cpu", "gpu"],
+    budget: Budget,
     out: Path,
 ) -> list[Comparison]:
     """The comparisons that a command line asks for. ValueError for what there is not, before anything is run.
@@ -39,7 +38,11 @@ def comparisons_of(
     chosen = [experiments[0]]
     if experiment is not None:
         every = experiment == "all"
-        chosen = list(experiments) if every else [named(experiment, experiments, f"experiment of {recipe}")]
+        chosen = (
+            [one for one in experiments if budget in one.budgets]
+            if every
+            else [named(experiment, experiments, f"experiment of {recipe}")]
+        )
     found = []
     for one in chosen:
         wanted = one.arms if arms is None else tuple(one.arm(name.strip()) for name in arms.split(","))
@@ -65,7 +68,7 @@ def carry_out(comparisons: Sequence[Comparison], jobs: int = 0, *, fresh: bool =
         experiment = comparison.experiment
         console.print(f"{comparison.recipe}, {experiment.name}: {experiment.question}", markup=False)
         with Board(console) as board:
-            at_once = jobs or (1 if comparison.budget == "gpu" else cores)
+            at_once = jobs or (len(visible_gpus()) if comparison.budget == "gpu" else cores)
             results = run_comparison(comparison, at_once, board, fresh=fresh)
         for task in board.tasks:
             all_finished = all_finished and task.state == "finished"

@@ -24,9 +24,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 import whorl
 from whorl.experiments.judge import Result
-from whorl.experiments.plan import Arm, Experiment
+from whorl.experiments.plan import Arm, Budget, Experiment
 from whorl.experiments.starts import (
     content_key,
     contents_of,
@@ -54,6 +56,8 @@ class Task:
     state: str = "waiting"
     """waiting, running, finished, failed, broken (its process ended without a result)"""
     note: str = ""
+    gpu: str | None = None
+    """As CUDA_VISIBLE_DEVICES names it; None: its process sees what this one sees."""
     process: subprocess.Popen | None = field(default=None, repr=False)
 
     @property
@@ -74,7 +78,7 @@ class Comparison:
     recipe: str
     experiment: Experiment
     seeds: tuple[int, ...]
-    budget: Literal["cpu", "gpu"]
+    budget: Budget
     out: Path
     arms: tuple[Arm, ...]
     command: str = ""
@@ -111,7 +115,7 @@ class Comparison:
         return Task("trial", arm.name, seed, self.working / name, key, start)
 
 
-def place_of(out: Path, recipe: str, experiment: Experiment, budget: Literal["cpu", "gpu"]) -> Path:
+def place_of(out: Path, recipe: str, experiment: Experiment, budget: Budget) -> Path:
     """The folder of an experiment's results; those of a GPU are others and have one of their own."""
     return out / recipe / (experiment.name if budget == "cpu" else f"{experiment.name}-gpu")
 
@@ -198,11 +202,16 @@ def _starts_of(trials: Sequence[Task]) -> list[Task]:
 def _carry_out(
     comparison: Comparison, tasks: Sequence[Task], jobs: int, show: Show, keep: Callable[[Task], None]
 ) -> None:
-    """Give every task a process, `jobs` at once; `keep` is called for each when it has ended."""
+    """Give every task a process, `jobs` at once, shared out evenly among the GPUs where there are several; `keep` is
+    called for each when it has ended.
+    """
     waiting, running = list(tasks), []
+    gpus = visible_gpus() if comparison.budget == "gpu" else []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
+                if gpus:
+                    waiting[0].gpu = min(gpus, key=[task.gpu for task in running].count)
                 running.append(_begin(comparison, waiting.pop(0)))
             time.sleep(POLL_SECONDS)
             for task in [task for task in running if task.process and task.process.poll() is not None]:
@@ -228,18 +237,25 @@ def _begin(comparison: Comparison, task: Task) -> Task:
         "start": str(task.start / "start") if task.start else None,
     }  # fmt: skip
     write_atomically(task.folder / "task.json", json.dumps(what).encode())
-    task.process = start_process(task.folder)
+    task.process = start_process(task.folder, task.gpu)
     task.state = "running"
     return task
 
 
-def start_process(folder: Path) -> subprocess.Popen:
+def visible_gpus() -> list[str]:
+    """The GPUs that torch can use, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def start_process(folder: Path, gpu: str | None = None) -> subprocess.Popen:
     """A process of its own for the task in this folder, deaf to the terminal's Ctrl-C; what it says goes into a log."""
+    seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "whorl.experiments.worker", str(folder)],
             stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, **seen, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip
 
 
@@ -311,7 +327,7 @@ def _write_description(comparison: Comparison) -> None:
         "scale": comparison.budget,
         "budget": experiment.budget,
         "settings": base,
-        "start": dict(experiment.start),
+        "start": dict(experiment.start_changes(comparison.budget)),
         "arms": {arm.name: {"role": arm.role, "changes": dict(arm.changes)} for arm in experiment.arms},
         "seeds": list(comparison.seeds),
         "starts": starts_of(comparison),

@@ -24,6 +24,7 @@ def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | No
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
     from PIL import Image
 
     names = [name for name in experiment.curves if any(name in result.curves for result in results)]
@@ -52,6 +53,9 @@ def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | No
                     panel.fill_between(x_T, low_T, high_T, color=colour, alpha=0.13, linewidth=0)
             panel.set_title(name, loc="left", fontsize=9)
             panel.set_xlabel("generated tokens" if by_tokens else "step")
+            panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            if by_tokens:
+                panel.xaxis.set_major_formatter(EngFormatter(sep=""))
             _within_reason(panel, name)
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(axis="y", alpha=0.3, linewidth=0.6)

@@ -80,7 +80,8 @@ def section_of(
 
 def _what_was_run(name: str, experiment: Experiment, place: Path) -> str:
     if not (place / "config.json").is_file():
-        return f"Not run yet: `whorl compare {name} --experiment {experiment.name}`."
+        more = "" if experiment.cpu else " --budget gpu"
+        return f"Not run yet: `whorl compare {name} --experiment {experiment.name}{more}`."
     config = json.loads((place / "config.json").read_text())
     dates = sorted({result.date for result in read_results(place) if result.date})
     return f"{scale_of(config)}. `{config['command']}`, {', '.join(dates)}."

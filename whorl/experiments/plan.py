@@ -21,6 +21,7 @@ from whorl.experiments.trials import Outcome, Trial, train_run
 from whorl.settings import Settings
 
 Role = Literal["method", "baseline", "control", "start"]
+Budget = Literal["cpu", "gpu"]
 Verdict = Literal["reproduced", "tied", "contradicted", "not testable here", "not run"]
 
 
@@ -89,17 +90,17 @@ class Experiment:
 
     Attributes:
         name: of the results' folder: letters, digits, `_`.
-        cpu, gpu: settings of the arms before their changes, at the two budgets; gpu None: there is none.
+        cpu, gpu: settings of the arms before their changes, at the two budgets; None: not at this one.
         budget: what all arms have the same of. "generated_tokens" needs `num_generated_tokens` in the settings.
-        start: changes to an arm's settings for the making of its shared start, if it has a cold start: what the
-            start is taught on need not be what the arms are trained on.
+        start, gpu_start: changes to an arm's settings for the making of its shared start, if it has a cold start: what
+            the start is taught on need not be what the arms are trained on. gpu_start None: the same at both budgets.
         trial: what one arm at one seed does; by default it trains a run.
         curves: metrics of rows that are kept of every trial and drawn.
     """
 
     name: str
     question: str
-    cpu: Settings
+    cpu: Settings | None
     arms: tuple[Arm, ...]
     measures: tuple[Measure, ...]
     claims: tuple[Claim, ...]
@@ -107,6 +108,7 @@ class Experiment:
     budget: Literal["steps", "generated_tokens"] = "steps"
     num_seeds: int = 5
     start: Mapping[str, Any] = field(default_factory=dict)
+    gpu_start: Mapping[str, Any] | None = None
     trial: Callable[[Trial], Outcome] = train_run
     curves: tuple[str, ...] = ("eval_accuracy", "accuracy", "entropy_nats", "response_tokens")
 
@@ -123,9 +125,11 @@ class Experiment:
                 raise ValueError(f"experiment {self.name} has two {what}s called {name!r}")
         for claim in self.claims:
             self._check_claim(claim)
-        for base in filter(None, (self.cpu, self.gpu)):
+        if self.cpu is None and self.gpu is None:
+            raise ValueError(f"experiment {self.name} has settings for no budget; give it cpu or gpu")
+        for budget, base in self.budgets.items():
             for arm in self.arms:
-                changed(changed(base, arm.changes), self.start)
+                changed(changed(base, arm.changes), self.start_changes(budget))
             if self.budget == "generated_tokens" and not base.num_generated_tokens:
                 raise ValueError(
                     f"experiment {self.name} compares at equal generated tokens, but its settings do not say how "
@@ -159,11 +163,22 @@ class Experiment:
         """The arm with which the others are compared in the report: the first baseline, or the first arm."""
         return next((arm for arm in self.arms if arm.role == "baseline"), self.arms[0])
 
-    def settings(self, budget: Literal["cpu", "gpu"], arm: Arm, seed: int) -> Settings:
+    @property
+    def budgets(self) -> dict[Budget, Settings]:
+        """The budgets at which it can be run, and the settings there."""
+        both: dict[Budget, Settings | None] = {"cpu": self.cpu, "gpu": self.gpu}
+        return {budget: settings for budget, settings in both.items() if settings is not None}
+
+    def start_changes(self, budget: Budget) -> Mapping[str, Any]:
+        """Changes for the making of a start."""
+        return self.start if budget == "cpu" or self.gpu_start is None else self.gpu_start
+
+    def settings(self, budget: Budget, arm: Arm, seed: int) -> Settings:
         """Settings of the arm at one seed, before it is given its start."""
-        base = self.cpu if budget == "cpu" else self.gpu
+        base = self.budgets.get(budget)
         if base is None:
-            raise ValueError(f"experiment {self.name} has no settings for a gpu; leave out --budget gpu")
+            hint = "leave out --budget gpu" if budget == "gpu" else "it needs --budget gpu"
+            raise ValueError(f"experiment {self.name} has no settings for a {budget}; {hint}")
         # Said and not left to what the machine has: a comparison must not change its device with its seed.
         return changed(base, {**arm.changes, "seed": seed, "device": "cpu" if budget == "cpu" else "cuda"})
 

@@ -6,14 +6,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from whorl.cold_start import cold_start
 from whorl.environments.catalog import make
 from whorl.environments.several import Several
-from whorl.experiments.plan import Arm, Experiment, changed
+from whorl.experiments.plan import Arm, Budget, Experiment, changed
 from whorl.experiments.trials import Tell, Watched
 from whorl.faults import Stop
 from whorl.model.config import is_preset, preset
@@ -44,9 +44,7 @@ class Start:
     """Why it cannot be used; empty if it passed its gate."""
 
 
-def start_settings(
-    experiment: Experiment, budget: Literal["cpu", "gpu"], arm: Arm, seed: int
-) -> Settings | None:
+def start_settings(experiment: Experiment, budget: Budget, arm: Arm, seed: int) -> Settings | None:
     """The run whose cold start makes the arm's start; None if the arm has no cold start.
 
     It has those of the arm's settings that decide the weights, and the sampling of the experiment, by which the gate
@@ -58,9 +56,10 @@ def start_settings(
     base = experiment.settings(budget, Arm("", "start"), seed)
     names = ("environment", "model", "tokenizer", "max_context", "cold_start", "dtype", "device", "seed")
     plain = Settings(**{name: getattr(settings, name) for name in names}, sampling=base.sampling, cores=1)
-    taught = changed(settings, experiment.start)
+    start = experiment.start_changes(budget)
+    taught = changed(settings, start)
     changes = {name: getattr(taught, name) for name in names}
-    sampling = changed(base, experiment.start).sampling
+    sampling = changed(base, start).sampling
     return changed(plain, {**changes, "sampling": sampling})
 
 

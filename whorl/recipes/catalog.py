@@ -71,7 +71,7 @@ def settings_of(place: str, overrides: Sequence[str] = ()) -> AnySettings:
         having = [one for one in experiments if rest[-1] in {arm.name for arm in one.arms}]
         arms = {arm.name: arm for one in experiments for arm in one.arms}
         arm = named(rest[-1], arms.values(), f"arm of {name}")
-        settings = changed(having[0].cpu, arm.changes)
+        settings = changed(next(iter(having[0].budgets.values())), arm.changes)
     changes = {}
     for override in overrides:
         setting, equals, text = override.partition("=")

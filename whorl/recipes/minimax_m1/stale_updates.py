@@ -78,8 +78,35 @@ EXPERIMENT = Experiment(
         checkpoint_every_steps=1000,
         rollouts_every_steps=1000,
     ),
+    # Twenty times the parameters, twice the rollouts, six terms in place of four. In bf16, where one token of a
+    # million is a nat or two off its sampler's log-prob.
+    gpu=MinimaxM1(
+        environment="forked_arithmetic,num_terms=6",
+        model="m1-small,num_layers=4,softmax_period=4",
+        max_context=64,
+        dtype="bfloat16",
+        replay_experts=True,
+        watch="?",
+        cold_start=ColdStart(
+            max_updates=1500, until_accuracy=0.5, check_every_updates=20, check_problems=256,
+            examples_per_update=128, optimizer=OptimizerSettings(1e-3, warmup_steps=20),
+        ),
+        sampling=Sampling(max_tokens=MAX_TOKENS),
+        optimizer=OptimizerSettings(1e-4, warmup_steps=0),
+        num_steps=20,
+        rollouts_per_problem=16,
+        max_running=512,
+        token_budget=32_768,
+        sampler_gap_limit_nats=3.0,
+        evaluation=Evaluation(1, 256, 1),
+        max_redraws=2,
+        stop_after_steps_without_signal=0,
+        checkpoint_every_steps=1000,
+        rollouts_every_steps=1000,
+    ),
     # The start is taught the working on problems that ask for it; it then hardly ever works unasked.
     start={"environment": "forked_arithmetic,explained_frac=0.5"},
+    gpu_start={"environment": "forked_arithmetic,num_terms=6,explained_frac=0.5"},
     arms=arms(),
     measures=(
         Measure(
