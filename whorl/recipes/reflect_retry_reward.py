@@ -365,7 +365,7 @@ EXPERIMENTS = (
             environment=f"reflect_retry:{CALLS},first_right_frac=0.3",
             max_context=900,
             sampling=Sampling(max_tokens=160),
-            cold_start=gate(0.55),
+            cold_start=gate(0.7),  # at 0.55 retries do not depend on reflections yet
             num_generated_tokens=1_200_000,
             **ON_A_GPU,
         ),
