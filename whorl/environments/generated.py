@@ -45,7 +45,8 @@ def answer_part(reply: str) -> str:
 
 
 class DigitsTask(Environment):
-    """A task whose answer is a row of digits and nothing else; the part `digits_right` is the share of right ones."""
+    """A task whose answer is a row of digits, of letters too perhaps, and nothing else; the part `digits_right` is the
+    share of digits that are right."""
 
     @property
     @abstractmethod
@@ -58,13 +59,13 @@ class DigitsTask(Environment):
 
     def verify(self, problem: Problem, rollout: Rollout) -> Score:
         expected, reply = problem.answer or "", rollout.reply.strip(" \n")
-        matches = sum(a == b for a, b in zip(reply, expected, strict=False))
-        parts = {"digits_right": matches / len(expected)}
+        matches = sum(a == b for a, b in zip(reply, expected, strict=False) if b.isdigit())
+        parts = {"digits_right": matches / self.num_answered}
         if reply == expected:
             return Score(1.0, parts, "right")
         if len(reply) != len(expected):
-            return Score(0.0, parts, f"expected {len(expected)} digits and nothing else")
-        return Score(0.0, parts, f"{matches} of {len(expected)} digits are right")
+            return Score(0.0, parts, f"expected {len(expected)} characters and nothing else")
+        return Score(0.0, parts, f"{matches} of {self.num_answered} digits are right")
 
     def gold(self, problem: Problem) -> tuple[str, ...]:
         return (problem.answer or "",)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from whorl.data import Problem, Rollout, Score
+from whorl.data import Problem
 from whorl.environments.base import Card, split_of
 from whorl.environments.generated import DigitsTask, first_draw, require
 
@@ -56,19 +56,6 @@ class Recall(DigitsTask):
             return Problem(f"{self.name}/{split}/{index}", prompt, answer, self.name)
 
         return first_draw(self, split, index, propose)
-
-    def verify(self, problem: Problem, rollout: Rollout) -> Score:
-        if not self.keyed:
-            return super().verify(problem, rollout)
-        expected, reply = problem.answer or "", rollout.reply.strip(" \n")
-        if len(reply) != len(expected) or reply[::2] != expected[::2]:
-            return Score(0.0, {"digits_right": 0.0}, f"expected {expected[::2]}, a digit after each letter")
-        matches = sum(a == b for a, b in zip(reply[1::2], expected[1::2], strict=True))
-        parts = {"digits_right": matches / self.num_queries}
-        right = matches == self.num_queries
-        return Score(
-            float(right), parts, "right" if right else f"{matches} of {self.num_queries} digits are right"
-        )
 
     def guess(self, problem: Problem, rng: np.random.Generator) -> tuple[str, ...]:
         (digits,) = super().guess(problem, rng)

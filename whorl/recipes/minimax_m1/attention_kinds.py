@@ -27,15 +27,19 @@ MODELS = {
 """1.88, 1.88 and 1.86 million parameters: the gate of lightning layers is paid for by the feed-forward
 layers."""
 
-TASKS = {"recall": "recall,num_pairs=16,num_queries=4", "reasoning": "chain_arithmetic,worked_frac=1.0"}
+TASKS = {
+    # Sixteen pairs alone are not learned in 600 updates by any of the three, nor are answers without letters.
+    "recall": "recall,num_pairs=4,num_queries=4,keyed=True + recall,num_pairs=16,num_queries=8,keyed=True",
+    "reasoning": "chain_arithmetic,worked_frac=1.0",
+}
 
 TEACHING = ColdStart(
-    max_updates=600,
+    max_updates=400,
     until_accuracy=2.0,  # never: equal tokens for all
     check_every_updates=50,
     check_problems=256,
     examples_per_update=64,
-    optimizer=OptimizerSettings(1e-3, warmup_steps=20),
+    optimizer=OptimizerSettings(2e-3, warmup_steps=20),
 )
 
 
