@@ -118,11 +118,11 @@ def test_teaching_ends_after_the_same_number_of_updates_for_all_and_with_an_eval
     tmp_path, monkeypatch
 ) -> None:
     know_tiny(monkeypatch)
-    teaching = replace(attention_kinds.TEACHING, max_updates=6, check_every_updates=3, check_problems=8)
-    monkeypatch.setattr(attention_kinds, "TEACHING", replace(teaching, examples_per_update=4))
     experiment = attention_kinds.EXPERIMENT
+    few = {"max_updates": 6, "check_every_updates": 3, "check_problems": 8, "examples_per_update": 4}
     settings = changed(
-        experiment.settings("cpu", experiment.arms[0], 0), {**SMALL, "cold_start": ColdStart()}
+        experiment.settings("cpu", experiment.arms[0], 0),
+        {**SMALL, "cold_start": ColdStart(), **{f"teaching.{name}": number for name, number in few.items()}},
     )
     outcome = attention_kinds.teach(Trial("hybrid", "method", settings, tmp_path))
     assert [row["step"] for row in outcome.rows] == [3, 6]

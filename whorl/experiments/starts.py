@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from whorl.settings import ColdStart, Settings
 VERSION = 1
 """Of the way in which a start is made. Raised when the same settings come to mean other weights."""
 
-ADDED_LATER = ("length_window",)
-"""Settings that there were not yet when results were kept: at their default they do not change what a trial is."""
+ADDED_LATER = ("length_window", "collected_failures")
+"""Settings, some of a recipe's own, that there were not yet when results were kept: at their default they do not change
+what a trial is."""
 
 NUM_PROBED = 16
 """Problems and demonstrations whose text stands for what an environment gives."""
@@ -75,9 +76,14 @@ def content_key(content: Mapping[str, Any]) -> str:
 
 def identity_of(settings: Settings) -> dict[str, Any]:
     """The settings by which a start or a trial is known."""
-    default = Settings()
-    unset = [name for name in ADDED_LATER if getattr(settings, name) == getattr(default, name)]
+    unset = {
+        f.name for f in fields(settings) if f.name in ADDED_LATER and getattr(settings, f.name) == _default(f)
+    }
     return {name: value for name, value in settings.to_dict().items() if name not in unset}
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def start_key(settings: Settings) -> str:

@@ -88,6 +88,9 @@ class ReflectRetryReward(Settings):
     """Turns whose tokens are trained. A control adds "retry", which makes it ordinary reinforcement on answers."""
     rewards_of: str = "own retry"
     """ "own retry", or "another problem" (a control): reflections get the rewards of the next problem of the batch."""
+    collected_failures: bool = True
+    """Of an experiment's trial: it first collects failures of its start and trains on those. False: as in
+    `whorl train`, every step has fresh attempts of the policy, and a group whose attempt is right teaches nothing."""
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=24))
     # Sec. 4.3 has 5e-7 for pretrained models; the other numbers are AdamW's usual ones.
     optimizer: OptimizerSettings = field(
@@ -165,7 +168,8 @@ def reflect_trial(trial: Trial) -> Outcome:
     """Failures of the start model, training on them, and what the policy then does at held-out problems."""
     settings, specification = trial.settings, trial.settings.environment
     environment = make(specification)
-    if trial.role != "start" and isinstance(environment, ReflectRetry):
+    assert isinstance(settings, ReflectRetryReward), f"expected the recipe's settings; got {type(settings)}"
+    if trial.role != "start" and settings.collected_failures and isinstance(environment, ReflectRetry):
         failures = trial.folder / "failures.jsonl"
         if not failures.exists():
             collecting = trial.folder / "collecting"
@@ -260,6 +264,11 @@ CLAIMS = (
     Claim("more than a retry without reflection, trained", "no such arm", "second_try", "rrr", "no_reflection"),
     Claim("more than with a constant reflection", "no such arm", "second_try", "rrr", "constant"),
     Claim("the link of reflection and retry is what teaches", "no such arm", "second_try", "rrr", "shuffled"),
+    Claim(
+        "failures collected once teach more than fresh ones at equal tokens",
+        "no figure: no tokens go to problems that are solved already",
+        "second_try", "rrr", "fresh",
+    ),
     Claim("reflections get shorter", "Section 5.2, examples", "reflection_tokens", "rrr", "start", "lower"),
     Claim(
         "little is forgotten elsewhere",
@@ -294,6 +303,7 @@ def experiment(
             Arm("start", "start", note="the model before training, with reflections"),
             Arm("start_none", "start", {"environment": f"{task},reflection=none"}, "retries at once"),
             Arm("rrr", "method"),
+            Arm("fresh", "control", {"collected_failures": False}, "failures of the policy as it is, in every step"),
             Arm(
                 "grpo", "baseline", {"environment": once, "trained_roles": ("assistant",)},
                 "GRPO on first tries alone; the paper has no such arm",

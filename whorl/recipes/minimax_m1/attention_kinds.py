@@ -6,7 +6,7 @@ same number of parameters within 1%. At four layers one softmax layer in four st
 eight.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 
 from whorl import cold_start
 from whorl.experiments.plan import Arm, Claim, Experiment, Measure
@@ -33,32 +33,42 @@ TASKS = {
     "reasoning": "chain_arithmetic,worked_frac=1.0",
 }
 
-TEACHING = ColdStart(
-    max_updates=400,
-    until_accuracy=2.0,  # never: equal tokens for all
-    check_every_updates=50,
-    check_problems=256,
-    examples_per_update=64,
-    optimizer=OptimizerSettings(2e-3, warmup_steps=20),
-)
+
+@dataclass(frozen=True)
+class Taught(MinimaxM1):
+    """No reinforcement, and no shared start: every arm is another model."""
+
+    teaching: ColdStart = field(
+        default_factory=lambda: ColdStart(
+            max_updates=400,
+            until_accuracy=2.0,  # never: equal tokens for all
+            check_every_updates=50,
+            check_problems=256,
+            examples_per_update=64,
+            optimizer=OptimizerSettings(2e-3, warmup_steps=20),
+        )
+    )
 
 
 def teach(trial: Trial) -> Outcome:
     """Supervised learning alone. Rows are its checks, by update, and at the end the held-out evaluation."""
-    run = begin_or_go_on(replace(trial, settings=replace(trial.settings, cold_start=TEACHING)))
+    settings = trial.settings
+    assert isinstance(settings, Taught), f"expected the experiment's settings; got {type(settings)}"
+    plain = MinimaxM1(**{f.name: getattr(settings, f.name) for f in fields(MinimaxM1)})
+    run = begin_or_go_on(replace(trial, settings=replace(plain, cold_start=settings.teaching)))
     if not run.warm:
         run.player.start()
         cold_start.teach(run)
         begin(run)
     rows = [{"step": row["update"], **row} for row in run.directory.supervised_history()]
-    final = {**run.directory.history()[0], "step": TEACHING.max_updates}
+    final = {**run.directory.history()[0], "step": settings.teaching.max_updates}
     return Outcome([*rows[:-1], {**rows[-1], **final}], run=run.directory.path)
 
 
 EXPERIMENT = Experiment(
     name="attention_kinds",
     question="What does one softmax layer in four do for recall, and for reasoning, at equal tokens?",
-    cpu=MinimaxM1(
+    cpu=Taught(
         max_context=128,
         cold_start=ColdStart(),
         sampling=Sampling(max_tokens=40),
