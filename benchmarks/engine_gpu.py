@@ -43,11 +43,12 @@ def qwen2_half_billion() -> ModelConfig:
     )  # fmt: skip
 
 
-def hundred_million(softmax_period: int) -> ModelConfig:
-    """16 layers; period 8: 14 lightning and 2 softmax layers, as M1; 0: lightning alone."""
+def hundred_million(softmax_period: int, num_kv_heads: int = 2) -> ModelConfig:
+    """16 layers; period 8: 14 lightning and 2 softmax layers, as M1; 0: lightning alone. Ten query heads share two
+    key/value heads, or one: M1's eight share one."""
     return ModelConfig(
-        vocab_size=32_000, width=640, num_layers=16, num_heads=10, head_dim=64, ffn_width=1728, num_kv_heads=2,
-        softmax_period=softmax_period, rotary_dim=32, max_context=CONTEXT + 1024,
+        vocab_size=32_000, width=640, num_layers=16, num_heads=10, head_dim=64, ffn_width=1728,
+        num_kv_heads=num_kv_heads, softmax_period=softmax_period, rotary_dim=32, max_context=CONTEXT + 1024,
     )  # fmt: skip
 
 
@@ -208,8 +209,13 @@ def latency() -> None:
     table.add_column("model")
     for length in lengths:
         table.add_column(f"{length:,}")
-    for period, name in ((0, "16 lightning layers"), (8, "14 lightning, 2 softmax"), (1, "16 softmax")):
-        model = made(hundred_million(period))
+    for period, num_kv_heads, name in (
+        (0, 2, "16 lightning layers"),
+        (8, 2, "14 lightning, 2 softmax"),
+        (8, 1, "the same, 1 key/value head"),
+        (1, 2, "16 softmax"),
+    ):
+        model = made(hundred_million(period, num_kv_heads))
         writers = [writer_at(model, 1, length) for length in lengths]
         steps = [graph_of(lambda w=writer: w._compute(1, True)) for writer in writers]
         # In turn, because the clock changes: the first measurements after a pause are the fastest.
