@@ -8,7 +8,7 @@ import pytest
 from tests.experiments.tiny_recipe import EXPERIMENTS
 from tests.support import Tiny
 from whorl import cli
-from whorl.experiments.compare import Comparison, read_results, write_results
+from whorl.experiments.compare import Comparison, current, read_results, write_results
 from whorl.experiments.judge import Result
 from whorl.experiments.ledger import BEGIN, END, pages_of, stale_pages, write_ledger
 from whorl.recipes.catalog import recipes_with_experiments
@@ -111,12 +111,30 @@ def test_results_in_this_checkout_are_small_and_name_no_machine():
             assert "/tmp/" not in file.read_text() and "/home/" not in file.read_text(), file
 
 
+def comparisons_of(name: str) -> list[Comparison]:
+    """Every experiment of the recipe at every budget, on two seeds, with the results of this checkout."""
+    results, module = Path(cli.__file__).parents[1] / "results", f"whorl.recipes.{name}"
+    return [
+        Comparison(module, name, experiment, (0, 1), budget, results, experiment.arms)
+        for experiment in recipes_with_experiments()[name][1]
+        for budget in experiment.budgets
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(recipes_with_experiments()))
+def test_results_in_this_checkout_are_of_the_experiments_as_they_are(name):
+    for whole in comparisons_of(name):
+        kept = read_results(whole.place)
+        stale = {(result.arm, result.seed) for result in kept} - {
+            (r.arm, r.seed) for r in current(whole, kept)
+        }
+        assert not stale, (
+            f"{whole.place.name}: the settings of {sorted(stale)} are others now; run them again"
+        )
+
+
 @pytest.mark.parametrize("name", sorted(recipes_with_experiments()))
 def test_the_experiments_of_a_recipe_can_be_begun(name):
-    for experiment in recipes_with_experiments()[name][1]:
-        for budget in experiment.budgets:
-            whole = Comparison(
-                f"whorl.recipes.{name}", name, experiment, (0, 1), budget, Path("results"), experiment.arms
-            )
-            tasks = whole.trials()
-            assert len({task.key for task in tasks}) == 2 * len(experiment.arms), "two arms are the same"
+    for whole in comparisons_of(name):
+        keys = {task.key for task in whole.trials()}
+        assert len(keys) == 2 * len(whole.experiment.arms), "two arms are the same"

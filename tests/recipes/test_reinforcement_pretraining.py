@@ -214,7 +214,10 @@ def test_every_start_gets_the_same_second_stage(tmp_path, monkeypatch):
     for name in STARTS_OF_QUESTIONS:
         arm = experiment.arm(name)
         trial = Trial(name, arm.role, experiment.settings("cpu", arm, 3), tmp_path / name)
-        assert questions_from(trial, tmp_path / name / "run") == {"questions_before": 0.25, "questions": 0.75}
+        assert questions_from(trial, tmp_path / name / "run", 3) == {
+            "questions_before": 0.25,
+            "questions": 0.75,
+        }
     assert {trial.settings.model for trial in seen} == {
         str(tmp_path / n / "run") for n in STARTS_OF_QUESTIONS
     }

@@ -24,7 +24,9 @@ from whorl.settings import ColdStart, Settings
 VERSION = 1
 """Of the way in which a start is made. Raised when the same settings come to mean other weights."""
 
-ADDED_LATER = ("length_window", "collected_failures")
+ADDED_LATER = (
+    "length_window", "collected_failures", "failed_queries", "answers_per_query", "train_texts", "question_steps",
+)  # fmt: skip
 """Settings, some of a recipe's own, that there were not yet when results were kept: at their default they do not change
 what a trial is."""
 

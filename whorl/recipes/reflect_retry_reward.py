@@ -88,6 +88,10 @@ class ReflectRetryReward(Settings):
     """Turns whose tokens are trained. A control adds "retry", which makes it ordinary reinforcement on answers."""
     rewards_of: str = "own retry"
     """ "own retry", or "another problem" (a control): reflections get the rewards of the next problem of the batch."""
+    failed_queries: int = 1000
+    """Training problems that the start model is asked for failures of its own."""
+    answers_per_query: int = 16
+    """How often each; the paper: up to 64."""
     collected_failures: bool = True
     """Of an experiment's trial: it first collects failures of its start and trains on those. False: as in
     `whorl train`, every step has fresh attempts of the policy, and a group whose attempt is right teaches nothing."""
@@ -124,10 +128,6 @@ def rewards_of_the_next_problem(
 
 # -- failures of the start model: the paper's prompts ----------------------------------------------------------------
 
-FAILED_QUERIES = 1000
-"""Training problems that the start model is asked."""
-ANSWERS_PER_QUERY = 16
-"""How often each; the paper: up to 64."""
 STRATA = (0.0, 1 / 8, 1 / 4, 1 / 2)
 """Lower ends of pass rates. Without strata, problems that the start model nearly solves and failed by bad luck would be
 the most, and after those a retry succeeds without any reflection."""
@@ -175,7 +175,7 @@ def reflect_trial(trial: Trial) -> Outcome:
             collecting = trial.folder / "collecting"
             shutil.rmtree(collecting, ignore_errors=True)  # of a trial that was killed
             start = start_run(trial.arm, settings, collecting)
-            collect_failures(start, failures, FAILED_QUERIES, ANSWERS_PER_QUERY)
+            collect_failures(start, failures, settings.failed_queries, settings.answers_per_query)
         settings = replace(settings, environment=spec_of(replace(environment, failures=str(failures))))
     outcome = train_run(replace(trial, settings=settings))
     assert outcome.run is not None
@@ -389,9 +389,10 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m whorl.recipes.reflect_retry_reward RUN FILE", file=sys.stderr)
         return 2
     run = open_run(arguments[0], read_only=True)
-    found = collect_failures(run, Path(arguments[1]), FAILED_QUERIES, ANSWERS_PER_QUERY)
+    asked = ReflectRetryReward()
+    found = collect_failures(run, Path(arguments[1]), asked.failed_queries, asked.answers_per_query)
     print(
-        f"{found['failed']:.0f} of {FAILED_QUERIES} problems failed; {found['kept']:.0f} kept in {arguments[1]}"
+        f"{found['failed']:.0f} of {asked.failed_queries} problems failed; {found['kept']:.0f} kept in {arguments[1]}"
     )
     return 0
 

@@ -104,6 +104,10 @@ class ReinforcementPretraining(Settings):
     updates_per_batch: int = 1
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(0, 128, 1))
     stop_after_steps_without_signal: int = 0  # an arm that must not learn is trained to its end
+    train_texts: int = 300
+    """Texts of an experiment whose positions are filtered for training."""
+    question_steps: int = 3
+    """Steps of an experiment's second stage, on questions. After five there was nothing left to learn (one seed)."""
 
 
 # -- where a proxy is unsure -------------------------------------------------------------------------------------------
@@ -161,8 +165,8 @@ def more_text(settings: Settings) -> ColdStart:
     return ColdStart(settings.num_steps, 1.0, settings.num_steps, 128, rollouts, settings.optimizer)
 
 
-TRAIN_TEXTS, TEST_TEXTS = 300, 40
-"""Texts whose positions are filtered for training, and those at all of whose positions arms are compared."""
+TEST_TEXTS = 40
+"""Texts at all of whose positions arms are compared."""
 
 LAW_EVERY_STEPS = 3
 """Steps between the checkpoints to which a power law of compute is fitted; the paper has 100 of 1,000."""
@@ -170,19 +174,17 @@ LAW_EVERY_STEPS = 3
 STARTS_OF_QUESTIONS = ("reasoning", "rpt", "more_text")
 """Arms whose policies are trained on questions afterwards, as in the paper's Table 2."""
 
-QUESTION_STEPS = 3
-"""Steps of that second stage. After five there was nothing left to learn, from either start (one seed)."""
-
 
 def rpt_trial(trial: Trial) -> Outcome:
     """Positions by the start's entropies, training on them, and accuracy by bin."""
-    environment = make(trial.settings.environment)
+    asked, environment = trial.settings, make(trial.settings.environment)
+    assert isinstance(asked, ReinforcementPretraining), f"expected the recipe's settings; got {type(asked)}"
     assert isinstance(environment, NextToken), f"texts are those of next_token; got {environment}"
     held_out, file = trial.folder / "held_out.json", trial.folder / "positions.jsonl"
     if not held_out.exists():
         shutil.rmtree(trial.folder / "proxy", ignore_errors=True)  # of a trial that was killed
         proxy = start_run(trial.arm, replace(trial.settings, environment=PLAIN), trial.folder / "proxy")
-        write_positions(proxy, file, TRAIN_TEXTS)
+        write_positions(proxy, file, asked.train_texts)
         places = positions_of(range(TEST_TEXTS), "test")
         plain = NextToken(way="continue")
         found = [places, entropies(proxy, [plain.at("test", *p) for p in places])]
@@ -207,7 +209,7 @@ def rpt_trial(trial: Trial) -> Outcome:
     if trial.role == "method":
         values |= law_of_compute(run, places, entropy)
     if trial.arm in STARTS_OF_QUESTIONS:
-        values |= questions_from(trial, outcome.run)
+        values |= questions_from(trial, outcome.run, asked.question_steps)
     return replace(outcome, values=values)
 
 
@@ -263,11 +265,11 @@ def law_of_compute(run: Run, places: Sequence[Sequence[int]], entropy: Sequence[
     return values
 
 
-def questions_from(trial: Trial, start: Path) -> Metrics:
+def questions_from(trial: Trial, start: Path, num_steps: int) -> Metrics:
     """Accuracy at held-out questions before and after reinforcement learning on others, from the policy of a run."""
     settings = replace(
         trial.settings,
-        environment=QUESTIONS, model=str(start), algorithm="GRPO,minus_kl_k3=0", num_steps=QUESTION_STEPS,
+        environment=QUESTIONS, model=str(start), algorithm="GRPO,minus_kl_k3=0", num_steps=num_steps,
         sampling=replace(trial.settings.sampling, max_tokens=32), evaluation=Evaluation(0, 256, 4),
     )  # fmt: skip
     # Whatever the arm's role: the policy before training is a start here like the others.
@@ -306,7 +308,7 @@ EXPERIMENTS = (
             Measure("others", "held-out accuracy everywhere else", value("others")),
             Measure("all", "held-out accuracy at all positions", value("all")),
             Measure("questions_before", "held-out questions right, before training on them", value("questions_before")),
-            Measure("questions", f"the same after {QUESTION_STEPS} steps on others", value("questions")),
+            Measure("questions", "the same after 3 steps on others", value("questions")),
             *(
                 Measure(f"r2_{name}", f"R2 of a power law of compute, {name} positions", value(f"r2_{name}"))
                 for name in BINS
@@ -359,7 +361,7 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m whorl.recipes.reinforcement_pretraining RUN FILE", file=sys.stderr)
         return 2
     run = open_run(arguments[0], read_only=True)
-    found = write_positions(run, Path(arguments[1]), TRAIN_TEXTS)
+    found = write_positions(run, Path(arguments[1]), ReinforcementPretraining().train_texts)
     print(f"{found['kept']:.0f} of {found['positions']:.0f} positions kept in {arguments[1]}")
     return 0
 
