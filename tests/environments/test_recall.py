@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from whorl.data import Problem
 from whorl.environments.recall import Recall
@@ -44,12 +45,9 @@ def test_the_splits_share_no_prompt() -> None:
     assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
 
 
-def test_guessing_earns_what_the_chance_says() -> None:
-    for one in (Recall(num_pairs=4, num_queries=1), Recall(num_pairs=4, num_queries=1, keyed=True)):
-        earns_its_chance(one)
-
-
-def earns_its_chance(one: Recall) -> None:
+@pytest.mark.parametrize("keyed", [False, True])
+def test_guessing_earns_what_the_chance_says(keyed: bool) -> None:
+    one = Recall(num_pairs=4, num_queries=1, keyed=keyed)
     rng = np.random.default_rng(0)
     problems = [one.problem("test", i) for i in range(400)]
     earned = [play_scripted(one, p, one.guess(p, rng)).reward for p in problems]

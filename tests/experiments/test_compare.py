@@ -281,6 +281,7 @@ def test_starts_are_found_again_and_one_killed_on_its_way_is_begun_again(tmp_pat
         ({"arms": "better,plane"}, "unknown arm of experiment scripted: 'plane'; did you mean plain"),
         ({"seeds": 0}, "--seeds must be at least 1"),
         ({"budget": "gpu"}, "leave out --budget gpu"),
+        ({"budget": "gpu", "experiment": "all"}, "leave out --budget gpu"),
     ],
 )
 def test_wrong_names_are_answered_before_anything_is_run(wrong, said, tmp_path):

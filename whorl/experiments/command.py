@@ -35,14 +35,12 @@ def comparisons_of(
         raise ValueError(f"{recipe} has no experiments; a recipe lists them as EXPERIMENTS")
     if seeds is not None and seeds < 1:
         raise ValueError(f"--seeds must be at least 1; got {seeds}")
-    chosen = [experiments[0]]
-    if experiment is not None:
-        every = experiment == "all"
-        chosen = (
-            [one for one in experiments if budget in one.budgets]
-            if every
-            else [named(experiment, experiments, f"experiment of {recipe}")]
-        )
+    if experiment is None:
+        chosen = [experiments[0]]
+    elif experiment == "all":  # at this budget; if that is none, the first one says so
+        chosen = [one for one in experiments if budget in one.budgets] or experiments[:1]
+    else:
+        chosen = [named(experiment, experiments, f"experiment of {recipe}")]
     found = []
     for one in chosen:
         wanted = one.arms if arms is None else tuple(one.arm(name.strip()) for name in arms.split(","))

@@ -6,7 +6,7 @@ same number of parameters within 1%. At four layers one softmax layer in four st
 eight.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 from whorl import cold_start
 from whorl.experiments.plan import Arm, Claim, Experiment, Measure
@@ -54,8 +54,7 @@ def teach(trial: Trial) -> Outcome:
     """Supervised learning alone. Rows are its checks, by update, and at the end the held-out evaluation."""
     settings = trial.settings
     assert isinstance(settings, Taught), f"expected the experiment's settings; got {type(settings)}"
-    plain = MinimaxM1(**{f.name: getattr(settings, f.name) for f in fields(MinimaxM1)})
-    run = begin_or_go_on(replace(trial, settings=replace(plain, cold_start=settings.teaching)))
+    run = begin_or_go_on(replace(trial, settings=replace(settings, cold_start=settings.teaching)))
     if not run.warm:
         run.player.start()
         cold_start.teach(run)
