@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m tests.torchrun_side FOLDER start NAME ... resume 
 
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,10 +70,11 @@ def main(folder: Path, words: Sequence[str]) -> None:
         if "WORLD_SIZE" not in os.environ:
             play(folder, words)
             return
-        from whorl.torchrun import introduced
+        from whorl.torchrun import WATCH, introduced
 
         with introduced():
             play(folder, words)
+        assert WATCH not in {thread.name for thread in threading.enumerate()}, "it could abort Python's end"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ TIMEOUT = timedelta(hours=1)
 LAST_WORDS = timedelta(minutes=1)
 """What a rank that stops early leaves rank 0 for its report."""
 
+WATCH = "watch of the ranks"
+
 SAID = "said"
 """The key that rank 0 sets when it has said all."""
 
@@ -111,7 +113,8 @@ class _Watch:
             host, port, is_master=False, timeout=TIMEOUT
         )
         self._prefix = f"whorl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        threading.Thread(target=self._watch, name="watch of the ranks", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name=WATCH, daemon=True)
+        self._thread.start()
 
     def end(self, reason: str) -> None:
         self.ended = True
@@ -125,6 +128,8 @@ class _Watch:
             with contextlib.suppress(RuntimeError):
                 self._store.wait([f"{self._prefix}/{SAID}"], LAST_WORDS)
         self.over.set()
+        # Python unwinds what is left of a daemon thread at its end, and aborts if that is inside a call of the store.
+        self._thread.join(GRACE_SECONDS)
 
     def _watch(self) -> None:
         while not self.over.is_set():

@@ -166,6 +166,17 @@ def test_no_worker_outlives_a_run_that_is_killed_while_it_is_busy(tmp_path: Path
     assert ends(worker)
 
 
+def test_what_arrives_on_the_request_pipe_does_not_end_a_busy_worker() -> None:
+    """The signal of a write to a pipe can come after its reader has read it: a writer may be interrupted in between."""
+    with Pool(WORKERS, "work", num_workers=1) as pool, ThreadPoolExecutor(1) as thread:
+        pool.call("add", 1, 1, deadline_seconds=60)
+        (worker,) = pool._all
+        busy = thread.submit(pool.call, "sleep", 0.5, deadline_seconds=60)
+        time.sleep(0.2)
+        os.write(worker.requests, bytes(8))
+        assert busy.result(60) is None
+
+
 def test_a_pool_whose_worker_was_killed_from_outside_goes_on(pool: Pool) -> None:
     worker = pool.call("process_id", deadline_seconds=60)
     os.kill(worker, signal.SIGKILL)  # idle: the next call finds it dead

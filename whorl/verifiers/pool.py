@@ -5,8 +5,9 @@ thread, and an alarm signal works in the main thread only, so the work is done e
 once (never forked, so torch's threads do not matter), confined (`confine.py`), given its calls one at a time,
 and killed and replaced when one overruns its deadline.
 
-A pool is safe to call from many threads. Its workers end with the run: at its exit, at the end of file on
-their request pipe, or by their own alarm if the run was killed while they were busy.
+A pool is safe to call from many threads. Its workers end with the run, idle or busy: at its exit, when their
+lifeline (a pipe that nothing is written to) ends with the process that holds the other side, or where pipes send
+no signals at the end of file on their request pipe or by their own alarm.
 """
 
 import atexit
@@ -63,7 +64,10 @@ class _Worker:
 
     def __init__(self, file: Path, function: str, memory_mib: int) -> None:
         path = [os.path.abspath(entry) for entry in sys.path if entry]
+        lifeline, ours = os.pipe()
+        self.lifeline = os.fdopen(ours, "wb", buffering=0)
         settings = {
+            "lifeline": lifeline,
             "path": path,
             "file": str(file),
             "function": function,
@@ -74,15 +78,22 @@ class _Worker:
                 "readable": [*python_paths(), *path, str(file.parent), *SYSTEM_PATHS],
             },
         }
-        self.process = subprocess.Popen(
-            [sys.executable, "-S", "-s", "-P", "-B", str(_HERE / "worker.py"), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            env=environment_of_children(),
-            start_new_session=True,  # Ctrl-C is for the run to handle, not for a judge in mid-verdict
-        )
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-S", "-s", "-P", "-B", str(_HERE / "worker.py"), json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env=environment_of_children(),
+                start_new_session=True,  # Ctrl-C is for the run to handle, not for a judge in mid-verdict
+                pass_fds=(lifeline,),
+            )
+        except BaseException:
+            self.lifeline.close()
+            raise
+        finally:
+            os.close(lifeline)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.requests, self.replies = self.process.stdin.fileno(), self.process.stdout.fileno()
@@ -149,7 +160,7 @@ class _Worker:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.process.stdin, self.process.stdout, self.lifeline):
             if pipe:
                 pipe.close()
 

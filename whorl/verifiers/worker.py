@@ -17,6 +17,7 @@ import sys
 def main() -> None:
     settings = json.loads(sys.argv[1])
     sys.path[:] = settings["path"]
+    end_with_the_other_end_of(settings["lifeline"])
     replies = os.fdopen(os.dup(1), "wb")
     requests = os.fdopen(os.dup(0), "rb")
     # What the function prints, or tries to read, must not touch the protocol.
@@ -39,24 +40,25 @@ def main() -> None:
     reply(call="ready", value=True)
     while header := requests.read(8):
         call, arguments, deadline_seconds = pickle.loads(requests.read(int.from_bytes(header, "little")))
-        # If the run dies, nobody is left to kill us: the end of its pipe then does, whatever is running, and
-        # where pipes send no signals the unhandled alarm.
+        # If the run dies, nobody is left to kill us. Where pipes send no signals, the unhandled alarm does.
         signal.setitimer(signal.ITIMER_REAL, deadline_seconds + 5)
-        die_at_the_end_of(requests.fileno(), True)
         try:
             fields = {"value": function(*arguments)}
         except Exception as error:
             fields = {"error": describe(error)}
-        die_at_the_end_of(requests.fileno(), False)
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply(call=call, **fields)
 
 
-def die_at_the_end_of(pipe: int, enabled: bool) -> None:
-    """Let the kernel send SIGIO, unhandled, when the other end of the pipe is closed (or written to)."""
-    flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
+def end_with_the_other_end_of(pipe: int) -> None:
+    """Let the kernel end this process, whatever is running, when the run that holds the other end is gone.
+
+    It sends SIGIO, which nobody handles. Nothing may ever be written to that pipe: a write signals too, and as
+    late as the writer is scheduled, perhaps after what it wrote was read. So the requests have another one.
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC if enabled else flags & ~os.O_ASYNC)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
     poll = select.poll()
     poll.register(pipe, 0)
     if poll.poll(0):  # it was closed before we listened
