@@ -10,6 +10,7 @@ import torch
 from tests.support import know_tiny, tiny_run
 from whorl.data import Rollout
 from whorl.environments.catalog import make
+from whorl.environments.forked_arithmetic import FORK, ForkedArithmetic
 from whorl.environments.looping_arithmetic import LoopingArithmetic
 from whorl.environments.scripted import play_scripted
 from whorl.environments.several import Several
@@ -78,6 +79,22 @@ def test_the_excess_of_dropped_forks_is_their_share_less_that_of_all_tokens() ->
         {"step": 2, "watched_frac": 0.3, "watched_dropped_frac": 0.16, "dropped_frac": 0.3},
     ]
     assert stale_updates.dropped_excess(Outcome(rows)) == pytest.approx(0.2 / 0.4 - 0.2)
+    assert stale_updates.forks_dropped(Outcome(rows)) == pytest.approx(0.5)
+
+
+def test_no_arms_shaping_touches_the_reward_of_a_right_worked_answer() -> None:
+    """DAPO's overlong punishment would: an answer of its last eighth gets less, and what is measured is who works."""
+    experiment = stale_updates.EXPERIMENT
+    task = make(experiment.cpu.environment)
+    assert isinstance(task, ForkedArithmetic)
+    worked = len(FORK + task.worked(task.problem("train", 0))) + 1  # and the end
+    for arm in experiment.arms:
+        for shape in experiment.settings("cpu", arm, 0).resolve_algorithm().shaping:
+            given = [
+                shape(torch.ones(1), torch.zeros(n).long(), torch.ones(n).bool())
+                for n in (worked, worked + 18)
+            ]
+            assert given[0] == 1 > given[1]
 
 
 def test_a_bf16_head_at_an_offset_of_64_rounds_the_samplers_logits_to_halves_and_leaves_the_learner(

@@ -174,9 +174,13 @@ def clip_metrics(
 
 
 def drift_metrics(ratio_N: Float[Tensor, " N"]) -> TokenMetrics:
-    """Mean ratio, and r - 1 - log r: the k3 estimate of KL(pi_old || pi) from tokens drawn by pi_old."""
+    """Mean ratio, its upper tail, and r - 1 - log r: the k3 estimate of KL(pi_old || pi) from tokens of pi_old."""
     ratio_N = ratio_N.detach()
-    return {"ratio_mean": ratio_N, "kl_old_nats": ratio_N - 1.0 - ratio_N.log()}
+    return {
+        "ratio_mean": ratio_N,
+        "ratio_above_2_frac": (ratio_N > 2.0).to(ratio_N.dtype),
+        "kl_old_nats": ratio_N - 1.0 - ratio_N.log(),
+    }
 
 
 def _sequence_mean(

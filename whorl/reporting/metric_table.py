@@ -164,6 +164,8 @@ METRICS: tuple[Metric, ...] = (
          "1 in the first mini-batch of a step", 0.8, 1.25),
         ("ratio_max", "1", "largest r over trained tokens",
          "heavy tail: fewer mini-batches, or a lower learning rate"),
+        ("ratio_above_2_frac", "fraction", "share of trained tokens with r > 2",
+         "the tail of the importance weights, whatever the bounds are", 0, 0.1),
         ("clipped_high_frac", "fraction", "share of trained tokens with r > ratio_max",
          "the sum of the two `above_max` regions; 0 on-policy", 0, 0.3),
         ("clipped_low_frac", "fraction", "share of trained tokens with r < ratio_min",

@@ -3,12 +3,14 @@
 The paper's reason for CISPO (section 3.1): tokens at which reasoning turns are improbable, so after the first
 update of a batch their ratio is beyond PPO's bound and the other updates no longer train them. Here the fork
 is planted: a worked answer begins with `?`, in 3% of the demonstrations, and is right far more often. With
-one update per batch all ratios are 1 and the three methods differ by their averages and by dynamic sampling
-alone; the claim is about 16.
+one update per batch all ratios are 1; what the methods then differ by is no clip: CISPO and DAPO draw again where a
+group has no signal and average over a group's tokens, and DAPO punishes overlong answers. The claim is about 16.
 """
 
+import numpy as np
+
 from whorl.experiments.plan import Arm, Claim, Experiment, Measure, Role
-from whorl.experiments.readings import area, largest, mean_of_last, steps_to, total
+from whorl.experiments.readings import Reading, area, largest, mean_of_last, steps_to, total
 from whorl.experiments.trials import Outcome
 from whorl.learning.optimizer import OptimizerSettings
 from whorl.recipes.minimax_m1.recipe import MinimaxM1
@@ -52,11 +54,31 @@ def arms() -> tuple[Arm, ...]:
     return tuple(found)
 
 
+def share(name: str) -> Reading:
+    """A share of trained tokens, mean over the run's steps. A step with nothing to train on has none."""
+    return lambda outcome: float(np.mean([row.get(name, 0.0) for row in outcome.rows if row["step"]]))
+
+
+def forks_dropped(outcome: Outcome) -> float:
+    """Share of forks that got no gradient, over the run's updates."""
+    return total("watched_dropped_frac")(outcome) / total("watched_frac")(outcome)
+
+
 def dropped_excess(outcome: Outcome) -> float:
-    """Share of forks without gradient minus that of all trained tokens, over the run's updates."""
-    forks = total("watched_frac")(outcome)
-    dropped = [row.get("dropped_frac", 0.0) for row in outcome.rows if row["step"]]
-    return total("watched_dropped_frac")(outcome) / forks - sum(dropped) / len(dropped)
+    """Share of forks without gradient minus that of all trained tokens."""
+    return forks_dropped(outcome) - share("dropped_frac")(outcome)
+
+
+REGIONS = tuple(
+    Measure(f"{side}_{sign}", text, share(f"{side}_{sign}_frac"), higher_is_better=False, unit="fraction")
+    for side, sign, text in (
+        ("above_max", "positive", "tokens above the upper bound, advantage > 0: PPO drops them"),
+        ("above_max", "negative", "above it, advantage < 0: PPO has no bound"),
+        ("below_min", "positive", "tokens below the lower bound, advantage > 0"),
+        ("below_min", "negative", "below it, advantage < 0: PPO drops them"),
+    )
+)
+"""Who stands outside of each method's own bounds: 0.8 and 1.2 (GRPO), 0.8 and 1.28 (DAPO), 0 and 5 (CISPO)."""
 
 
 EXPERIMENT = Experiment(
@@ -113,12 +135,20 @@ EXPERIMENT = Experiment(
             "steps_to_half", "steps until held-out accuracy reaches 0.5", steps_to("eval_accuracy", 0.5),
             higher_is_better=False, unit="steps", compare="ratio",
         ),
+        Measure(
+            "tokens_to_half", "generated tokens until then", steps_to("eval_accuracy", 0.5, over="generated_tokens"),
+            higher_is_better=False, unit="tokens", compare="ratio",
+        ),
         Measure("area", "mean held-out accuracy over all steps", area("eval_accuracy"), unit="fraction"),
         Measure("final", "held-out accuracy at the end", mean_of_last("eval_accuracy", 3), unit="fraction"),
         Measure(
             "fork_dropped_excess", "share of forks without gradient, beyond that of all tokens", dropped_excess,
             higher_is_better=False, unit="fraction",
         ),
+        Measure("forks_dropped", "share of forks without gradient", forks_dropped, False, "fraction"),
+        Measure("dropped", "share of all tokens without gradient", share("dropped_frac"), False, "fraction"),
+        *REGIONS,
+        Measure("tail", "tokens whose importance weight is above 2", share("ratio_above_2_frac"), False, "fraction"),
         Measure(
             "largest_ratio", "largest importance weight before any clip", largest("ratio_max"),
             higher_is_better=False, compare="ratio",
@@ -151,4 +181,4 @@ EXPERIMENT = Experiment(
         ),
     ),
     curves=("eval_accuracy", "watched_frac", "watched_dropped_frac", "dropped_frac", "entropy_nats",
-    "ratio_max"), )  # fmt: skip
+    "ratio_max", "ratio_above_2_frac"), )  # fmt: skip
