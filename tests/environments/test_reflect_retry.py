@@ -65,6 +65,61 @@ def test_an_answer_within_the_reflection_is_seen(reflection):
     assert texts(TASK, [WRONG, reflection, RIGHT])[0].score.parts["told_answer"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("reflection", "told"),
+    [
+        ("try 3*8=24,24-5=19", 1.0),
+        ("3*8=24,24-5=19", 1.0),
+        ("try 9+9=18,18+1=19", 0.0),  # numbers that are not there
+        ("try 8+5=13,13+3=19", 0.0),  # false
+        ("try 3*8=24,24-5=20", 0.0),
+        ("try 3*8=24", 0.0),
+        ("=19", 0.0),
+        ("24-5=19", 0.0),
+        ("20 not 19", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_working_tells_an_answer_only_if_all_of_it_is_right(reflection, told):
+    assert texts(TASK, [WRONG, reflection, WRONG])[0].score.parts["told_answer"] == told
+
+
+def test_what_a_reflection_rules_out_it_does_not_tell():
+    sums = ReflectRetry("chain_arithmetic", {"num_terms": 2, "modulus": 5})
+    problem = next(p for i in range(100) if (p := sums.problem("train", i)).answer == "0")
+    a, b = problem.extra["terms"]
+    said = {
+        f"{a}+{b}=0": True,
+        "#0": True,
+        "it is 0": True,
+        "not 0": False,
+        "not 1": False,
+        "1+1=2,2+2=0": False,
+    }
+    assert {text: sums.tells(problem, text) for text in said} == said
+
+
+def test_of_calls_the_right_value_of_an_argument_tells():
+    calls = ReflectRetry("function_calling", {"num_tools": 3, "max_calls": 1})
+    problem = calls.problem("train", 0)
+    name, value = next(iter(problem.extra["calls"][0]["arguments"].items()))
+    assert calls.tells(problem, f"{name} is {json.dumps(value)}")
+    assert not calls.tells(problem, f"{name} was {json.dumps(value)}")
+    assert not calls.tells(problem, f"{name} is 999")
+
+
+@pytest.mark.parametrize("task", ["chain_arithmetic", "countdown", "function_calling"])
+def test_validation_with_hints_asks_for_a_retry_after_a_useful_reflection(task):
+    gate = ReflectRetry(task, hints_in_validation=True)
+    for index in range(20):
+        problem = gate.problem("validation", index)
+        said = problem.extra["said"]
+        assert gate._judge(problem, said["assistant"]).reward == 0.0
+        assert gate.tells(problem, said["reflection"])
+        assert "said" not in gate.problem("train", index).extra
+        assert "said" not in ReflectRetry(task).problem("validation", index).extra
+
+
 def test_the_controls_ask_again_at_once_or_after_a_sentence_that_nobody_wrote():
     _, said = texts(replace(TASK, reflection="none"), [WRONG, RIGHT])
     assert said[2:] == [("user", "3 8 5=19"), ("retry", RIGHT)]

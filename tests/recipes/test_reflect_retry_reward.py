@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import tiny_model, tiny_run
+from tests.support import know_tiny, tiny_model, tiny_run
 from whorl.algorithms.algorithm import assemble
 from whorl.data import Group, Problem, Rollout, apply, role_code
 from whorl.environments.catalog import make
 from whorl.environments.reflect_retry import ReflectRetry
+from whorl.experiments.plan import changed
+from whorl.experiments.trials import Trial
+from whorl.faults import Stop
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
 from whorl.recipes.reflect_retry_reward import (
@@ -23,11 +26,15 @@ from whorl.recipes.reflect_retry_reward import (
     collect_failures,
     held_out_values,
     main,
+    reflect_trial,
+    rewards_of_the_next_problem,
 )
 from whorl.rollouts import Player
+from whorl.run import open_run
 from whorl.sampling.dialogue import Dialogue, Script
 from whorl.sampling.draw import Sampling
 from whorl.sampling.engine import Engine
+from whorl.settings import ColdStart
 
 ENVIRONMENT = ReflectRetry("countdown", {"max_number": 9, "max_target": 20})
 TOKENIZER = Tokenizer.characters(ENVIRONMENT.alphabet or "")
@@ -143,6 +150,12 @@ def test_the_control_gives_the_rewards_of_the_next_problem():
     assert assemble(groups, FREE)["reward_S"].tolist() == [1, 0, 0, 1, 1, 1]
 
 
+def test_of_groups_of_other_sizes_no_reward_stays_with_its_own_group():
+    rewards = torch.tensor([0.1, 0.2, 0.3, 1.1, 2.1, 2.2])
+    found = rewards_of_the_next_problem(rewards, torch.tensor([7, 7, 7, 3, 5, 5]))
+    assert found.tolist() == pytest.approx([1.1, 1.1, 1.1, 2.1, 0.1, 0.2])
+
+
 def test_the_reflections_of_a_group_follow_the_same_attempt_at_the_same_problem():
     model = Transformer(tiny_model(TOKENIZER.vocab_size, 200)).initialise(0)
     engine = Engine(model, stop_tokens=TOKENIZER.stop_ids, decode_text=TOKENIZER.decode)
@@ -166,9 +179,9 @@ def small_run(tmp_path, monkeypatch, **changes):
     return tiny_run(tmp_path / "run", monkeypatch, **(settings | changes))
 
 
-def test_failures_are_kept_in_equal_number_from_each_stratum_of_pass_rates(tmp_path, monkeypatch):
+def test_no_stratum_of_pass_rates_has_more_than_a_quarter_of_the_problems_asked(tmp_path, monkeypatch):
     run = small_run(tmp_path, monkeypatch)
-    rates = [0, 0, 0, 0, 1, 1, 1, 3, 3, 4]  # right answers of 4 to each of ten problems
+    rates = [0, 0, 0, 0, 0, 1, 1, 3, 4, 4]  # right answers of 4 to each of ten problems
 
     def played(self, problems, num_samples, *rest):
         groups = []
@@ -190,13 +203,64 @@ def test_failures_are_kept_in_equal_number_from_each_stratum_of_pass_rates(tmp_p
 
     monkeypatch.setattr(type(run.player), "play", played)
     file = tmp_path / "failures.jsonl"
-    assert collect_failures(run, file, 10, 4) == {"failed": 9.0, "kept": 6.0}
+    found = collect_failures(run, file, 10, 4)
+    tokens = (
+        5 * 4 * 2 + 2 * (6 + 3 * 2) + (3 * 6 + 2) + 2 * 4 * 6
+    )  # right answers have six, wrong ones two, ends included
+    assert found == {"failed": 8.0, "kept": 6.0, "tokens": float(tokens)}
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    # Strata begin at 0, 1/8, 1/4 and 1/2: four problems at 0, three at 1/4, two at 3/4, and the last has no failure.
-    assert [row["pass_rate"] for row in rows] == [0, 0, 1 / 4, 1 / 4, 3 / 4, 3 / 4]
-    assert [row["index"] for row in rows] == [0, 1, 4, 5, 7, 8]
-    assert [row["attempt"] for row in rows] == ["0", "0", "1", "1", "3", "3"]
+    # Strata begin at 0, 1/8, 1/4 and 1/2: five problems at 0 (three are taken), two at 1/4, one at 3/4.
+    assert [row["pass_rate"] for row in rows] == [0, 0, 0, 1 / 4, 1 / 4, 3 / 4]
+    assert [row["index"] for row in rows] == [0, 1, 2, 5, 6, 7]
+    assert [row["attempt"] for row in rows] == ["0", "0", "0", "1", "1", "3"]
     assert STRATA == (0.0, 1 / 8, 1 / 4, 1 / 2)
+
+
+SUMS = "reflect_retry:chain_arithmetic,num_terms=2,modulus=2,first_right_frac=0.3"
+
+
+def sums_trial(folder, arm: str, **changes) -> Trial:
+    small = {
+        "model": "tiny", "environment": SUMS, "cores": 1, "num_steps": 2, "problems_per_step": 4,
+        "rollouts_per_problem": 4, "evaluation.num_problems": 8, "failed_queries": 12, "answers_per_query": 4,
+        "num_generated_tokens": 100_000, "rollouts_every_steps": 1,
+        "cold_start": ColdStart(),  # made before a trial
+    }  # fmt: skip
+    experiment = EXPERIMENTS[0]
+    assert experiment.cpu is not None
+    settings = changed(experiment.cpu, {**experiment.arm(arm).changes, **small, **changes})
+    return Trial(arm, experiment.arm(arm).role, settings, folder)
+
+
+def test_a_trial_trains_on_failures_of_its_start_and_pays_for_collecting_them(tmp_path, monkeypatch):
+    """Attempts stay those of the start, problems are those that it failed, and their tokens count."""
+    know_tiny(monkeypatch)
+    outcome = reflect_trial(sums_trial(tmp_path / "rrr", "rrr"))
+    assert outcome.run is not None
+    run = open_run(outcome.run, read_only=True)
+    said = json.loads((tmp_path / "rrr" / "failures.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "rrr" / "failures.jsonl").read_text().splitlines()]
+    assert len(rows) == said["kept"] == outcome.values["failures"] > 0
+    assert run.settings.num_generated_tokens == 100_000 - said["tokens"]
+    assert outcome.rows[0]["generated_tokens"] == said["tokens"] > 12 * 4
+    failed = {row["index"]: row["attempt"] for row in rows}
+    for seen in run.directory.read_rollouts(1):
+        turns = {turn.role: turn for turn in seen.rollout.transcript}
+        assert turns["assistant"].text == failed[int(seen.rollout.problem.id.rsplit("/")[-1])]
+        assert not turns["assistant"].by_policy
+
+
+def test_fresh_attempts_are_the_policys_own_and_cost_nothing_beforehand(tmp_path, monkeypatch):
+    know_tiny(monkeypatch)
+    outcome = reflect_trial(sums_trial(tmp_path / "fresh", "fresh"))
+    assert not (tmp_path / "fresh" / "failures.jsonl").exists()
+    assert "failures" not in outcome.values and not outcome.rows[0].get("generated_tokens")
+
+
+def test_a_trial_whose_tokens_go_into_collecting_stops(tmp_path, monkeypatch):
+    know_tiny(monkeypatch)
+    with pytest.raises(Stop, match="nothing is left to train with"):
+        reflect_trial(sums_trial(tmp_path / "poor", "rrr", num_generated_tokens=20))
 
 
 def test_a_policy_that_never_fails_leaves_nothing_to_reflect_on(tmp_path, monkeypatch):
@@ -262,6 +326,10 @@ def test_the_arms_differ_from_the_method_in_one_thing_each(experiment):
     assert changes["rrr"] == set()
     assert changes["shuffled"] == {"rewards_of"}
     assert changes["answers_too"] == {"trained_roles"}
+    assert changes["fresh"] == {"collected_failures"}
+    assert changes["no_reflection"] == {"environment", "trained_roles"}
+    assert changes["constant"] == {"environment", "trained_roles", "stop_after_steps_without_signal"}
+    assert changes["grpo"] == {"environment", "trained_roles"}
     for arm in experiment.arms:
         settings = experiment.settings(budget, arm, 0)
         assert isinstance(settings, ReflectRetryReward)
@@ -270,15 +338,24 @@ def test_the_arms_differ_from_the_method_in_one_thing_each(experiment):
         assert inner == make(ONCE[experiment.name])
         # Somebody writes turns of the roles that are trained.
         reflects = isinstance(task, ReflectRetry) and task.reflection == "written"
-        written = {"reflection", "retry"} if reflects else {"assistant", "retry"}
+        written = {"retry"} if isinstance(task, ReflectRetry) else {"assistant"}
+        written |= {"reflection"} if reflects else set()
         assert set(settings.trained_roles) <= written or arm.role == "start"
 
 
 def test_the_command_collects_failures_of_a_run(tmp_path, monkeypatch, capsys):
     module = "whorl.recipes.reflect_retry_reward"
-    monkeypatch.setattr(f"{module}.open_run", lambda path, read_only: path)
-    monkeypatch.setattr(f"{module}.collect_failures", lambda run, *rest: {"failed": 3.0, "kept": 2.0})
-    assert main(["RUN", str(tmp_path / "failures.jsonl")]) == 0
-    assert "3 of 1000 problems failed; 2 kept" in capsys.readouterr().out
+    run = replace(
+        small_run(tmp_path, monkeypatch), settings=ReflectRetryReward(failed_queries=7, answers_per_query=3)
+    )
+    asked = []
+    monkeypatch.setattr(f"{module}.open_run", lambda path, read_only: run)
+    monkeypatch.setattr(
+        f"{module}.collect_failures", lambda run, *rest: asked.append(rest) or {"failed": 3.0, "kept": 2.0}
+    )
+    file = tmp_path / "failures.jsonl"
+    assert main(["RUN", str(file)]) == 0
+    assert asked == [(file, 7, 3)]
+    assert "3 of 7 problems failed; 2 kept" in capsys.readouterr().out
     assert main([]) == 2
     assert "usage" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from whorl.data import Message, Problem, Rollout, Score, Turn
 from whorl.environments.base import Card, Environment, Policy
 from whorl.environments.catalog import make
 from whorl.environments.generated import require
-from whorl.environments.reflections import GENERIC, KINDS, LESSONS
+from whorl.environments.reflections import GENERIC, KINDS, LESSONS, tells_answer
 
 FAILED = {
     True: "The attempt was wrong. Reflect briefly on the mistake, to do better next time.",
@@ -50,6 +50,9 @@ class ReflectRetry(Environment):
     the policy makes its own."""
     first_right_frac: float = 0.5
     """Share of demonstrations whose attempt is right, and with it over."""
+    hints_in_validation: bool = False
+    """Validation problems bring a failed attempt and a useful reflection, so that the accuracy there says whether
+    retries follow their reflection. Who imitates demonstrated retries without reading it is right at 0.675."""
     instructions: bool = False
     """Messages in whole sentences, also the task's own, for a model that reads English."""
 
@@ -104,7 +107,11 @@ class ReflectRetry(Environment):
 
     def problem(self, split: str, index: int) -> Problem:
         if not self.failures or split != "train":
-            return replace(self.inner.problem(split, index), source=self.name)
+            problem = replace(self.inner.problem(split, index), source=self.name)
+            if split == "validation" and self.hints_in_validation:
+                lesson = LESSONS[self.task](problem, "hint", np.random.default_rng(index))
+                return saying(problem, assistant=lesson.attempt, reflection=lesson.reflection)
+            return problem
         row = self.collected[index]
         problem = replace(self.inner.problem(split, row["index"]), source=self.name)
         return saying(problem, assistant=row["attempt"])
@@ -152,11 +159,15 @@ class ReflectRetry(Environment):
         return Score(second.reward, parts, f"retry: {second.why}")
 
     def tells(self, problem: Problem, reflection: str) -> bool:
-        """Whether one of its words is a right answer, or working in it ends in one, or at the target."""
-        words = re.split(r"[ ,:=]", reflection)
-        if "=" in reflection and words[-1] == str(problem.extra.get("target")):
+        """Whether it is a right answer, or one of its words is, or what it works out leads to one.
+
+        Working counts if all of it is right (`tells_answer`); what follows "not" is ruled out, not told.
+        """
+        if self.task in LESSONS and tells_answer(problem, reflection):
             return True
-        candidates = (reflection, *words, f"#{words[-1]}")
+        told = re.sub(r"\bnot \S+", "", reflection)
+        words = re.split(r"[ ,:=]", told)
+        candidates = [told, *words, *([] if "=" in told else [f"#{words[-1]}"])]
         return any(self._judge(problem, word).reward == 1.0 for word in dict.fromkeys(candidates))
 
     def _judge(self, problem: Problem, answer: str) -> Score:

@@ -126,25 +126,60 @@ def chain_lesson(problem: Problem, kind: str, rng: np.random.Generator) -> Lesso
     right = int(problem.answer or "")
     attempt, wrong = (int(d) for d in rng.choice([d for d in range(modulus) if d != right], 2))
     slip = int(rng.integers(1, len(terms))) if kind == "misleading" else 0
-    total, steps = terms[0], []
-    for place, term in enumerate(terms[1:], 1):
-        result = (total + term + (int(rng.integers(1, modulus)) if place == slip else 0)) % modulus
-        steps.append(f"{total}+{term}={result}")
-        total = result
-    working = ",".join(steps)
+    working = chain_working(terms, modulus, (slip, int(rng.integers(1, modulus)) if slip else 0))
     said = {
         "hint": working,
         "diagnosis": f"not {attempt}",
         "generic": GENERIC[int(rng.integers(len(GENERIC)))],
         "misleading": working,
     }
-    retry = total if kind == "misleading" else right if rng.random() < RIGHT_AFTER[kind] else wrong
+    astray = int(working.rpartition("=")[2])
+    retry = astray if kind == "misleading" else right if rng.random() < RIGHT_AFTER[kind] else wrong
     return Lesson(f"#{right}", f"#{attempt}", kind, said[kind], f"#{retry}")
 
 
 def gives_advice(reflection: str) -> bool:
     """Whether it has the form of a hint, good or misleading."""
     return "=" in reflection or " is " in reflection
+
+
+def tells_answer(problem: Problem, reflection: str) -> bool:
+    """Whether the reflection holds what a right answer needs: working that is right in every step, or an argument.
+
+    Working of countdown joins the given numbers, each once, and ends at the target; that of sums is the one there is.
+    Of calls, `days is 4` counts if a gold call has that value there.
+    """
+    if "calls" in problem.extra:
+        said = [f"{n} is {json.dumps(v)}" for c in problem.extra["calls"] for n, v in c["arguments"].items()]
+        return reflection in said
+    working = reflection.removeprefix("try ")
+    if "terms" in problem.extra:
+        return working == chain_working(problem.extra["terms"], problem.extra["modulus"])
+    pool = list(problem.extra["numbers"])
+    for step in working.split(","):
+        if not (found := re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step)):
+            return False
+        left, operator, right, result = found.groups()
+        for value in (int(left), int(right)):
+            if value not in pool:
+                return False
+            pool.remove(value)
+        if operator == "/" and int(right) == 0:
+            return False
+        if combine(number(int(left)), operator, number(int(right))).value != int(result):
+            return False
+        pool.append(int(result))
+    return pool == [problem.extra["target"]]
+
+
+def chain_working(terms: Sequence[int], modulus: int, slip: tuple[int, int] = (0, 0)) -> str:
+    """`3+8=1,1+5=6`: the terms added up one by one; at the place `slip[0]` the result is off by `slip[1]`."""
+    total, steps = terms[0], []
+    for place, term in enumerate(terms[1:], 1):
+        result = (total + term + (slip[1] if place == slip[0] else 0)) % modulus
+        steps.append(f"{total}+{term}={result}")
+        total = result
+    return ",".join(steps)
 
 
 def calls_lesson(problem: Problem, kind: str, rng: np.random.Generator) -> Lesson:
