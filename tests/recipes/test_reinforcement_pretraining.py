@@ -20,7 +20,7 @@ from whorl.environments.texts import NUMBER_TOKENS, draw_text
 from whorl.evaluation.power_law import fit_power_law
 from whorl.experiments.compare import read_results
 from whorl.experiments.differences import differences
-from whorl.experiments.starts import from_start, make_start, start_settings
+from whorl.experiments.starts import Start, from_start, start_settings
 from whorl.experiments.trials import Outcome, Trial
 from whorl.learning.optimizer import OptimizerSettings
 from whorl.loop import Clock, sample_groups, train
@@ -42,7 +42,7 @@ from whorl.recipes.reinforcement_pretraining.positions import (
     prepare,
     write_positions,
 )
-from whorl.recipes.reinforcement_pretraining.recipe import BINS, QUESTIONS, START
+from whorl.recipes.reinforcement_pretraining.recipe import BINS, QUESTIONS, START, start_with
 from whorl.recipes.reinforcement_pretraining.trial import (
     STARTS_OF_QUESTIONS,
     questions_from,
@@ -51,7 +51,7 @@ from whorl.recipes.reinforcement_pretraining.trial import (
 )
 from whorl.run import open_run, start_run
 from whorl.sampling.draw import Sampling
-from whorl.settings import ColdStart, Evaluation
+from whorl.settings import ColdStart, Evaluation, Settings
 
 
 def small_run(tmp_path, monkeypatch, **changes):
@@ -353,9 +353,13 @@ def test_continued_text_has_at_least_the_operations_of_the_method_in_the_results
 
 
 def test_a_thought_is_right_if_its_last_characters_are_the_token_whatever_is_boxed():
-    boxed = "\\boxed{9}"
-    replies = {"<think>1+2=3</think>": 1, "<think>1+2=4</think>": 0, "<think>1+2=3": 0, "3": 0}
-    assert {reply: ends_in(reply + boxed, "3") for reply in replies} == replies
+    replies = {
+        "<think>1+2=3</think>\\boxed{9}": 1,
+        "<think>1+2=4</think>\\boxed{3}": 0,
+        "<think>1+2=3": 0,  # cut off: whether that was its end is not known
+        "\\boxed{3}": 0,
+    }
+    assert {reply: ends_in(reply, "3") for reply in replies} == replies
 
 
 def test_no_filter_and_the_filter_leave_the_same_texts(tmp_path, monkeypatch):
@@ -379,46 +383,57 @@ LITTLE = ColdStart(200, 0.02, 20, 40, 16, OptimizerSettings(1e-2))
 """Ends as soon as one answer in fifty is right, as a start without any is refused."""
 
 
-def test_from_the_start_to_a_policy_that_is_trained_on_its_positions(tmp_path, monkeypatch, capsys):
-    """The commands of the page in order, on a tiny model: nothing is stubbed, nothing is learned."""
-    know_tiny(monkeypatch)
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with a tiny start and the positions at which it is unsure, as the page's command makes them."""
+    folder = tmp_path_factory.mktemp("prepared")
     start = start_settings(EXPERIMENTS[0], "cpu", EXPERIMENTS[0].arm("rpt"), 0)
     assert start is not None and start.environment == START
-    start = replace(start, model="tiny", cold_start=LITTLE, evaluation=Evaluation(0, 4, 1))
-    found = prepare(tmp_path, start, tiny_settings())
-    assert found == {
-        "positions": 2 * 26.0,
-        "kept": 2 * 26.0,
-        "texts": 2.0,
-    }  # an untaught policy is sure of nothing
+    with pytest.MonkeyPatch.context() as patch:
+        know_tiny(patch)
+        small = replace(start, model="tiny", cold_start=LITTLE, evaluation=Evaluation(0, 4, 1))
+        found = prepare(folder, small, tiny_settings())
+    assert found == {"positions": 2 * 26.0, "kept": 2 * 26.0, "texts": 2.0}  # it is sure of nothing yet
+    return folder
+
+
+def test_the_commands_of_the_page_lead_to_a_policy_that_is_trained_on_its_positions(
+    prepared, tmp_path, monkeypatch, capsys
+):
+    """On a tiny model; nothing is stubbed, nothing is learned."""
+    know_tiny(monkeypatch)
     few = "--num-steps 1 --problems-per-step 2 --rollouts-per-problem 2 --evaluation.num-problems 2 --cores 1"
-    command = f"{command_for(tmp_path)} {few} --sampling.max-tokens 12 --run {tmp_path}/run"
+    command = f"{command_for(prepared)} {few} --sampling.max-tokens 12 --run {tmp_path}/run"
     assert cli.main(shlex.split(command)[1:]) == 0
     run = open_run(tmp_path / "run", read_only=True)
     assert run.step == 1 and run.environment.num_problems("train") == 52
     values = accuracies(run, positions_of(range(1), "test"), [2.0] * 26)
     assert values["num_hard"] == 26 and 0 <= values["thought_sums"] <= 1
-    with pytest.raises(ValueError, match="did not pass its gate: the cold start ended after 1"):
-        prepare(tmp_path / "other", replace(start, cold_start=ColdStart(1, 0.5, 1, 2, 4)), tiny_settings())
+
+
+def test_no_positions_are_written_from_a_start_that_did_not_pass_its_gate(tmp_path):
+    made = Start(accuracy=0.2, wanted=0.5, updates=7, tokens=0, seconds=0.0, reason="accuracy 0.200 of 0.50")
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "start.json").write_text(json.dumps(vars(made)))
+    with pytest.raises(ValueError, match=r"did not pass its gate: accuracy 0\.200 of 0\.50"):
+        prepare(tmp_path, Settings(), tiny_settings())
+    assert not (tmp_path / "positions.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["rpt", "more_text_fast", "any_position", "text"])
-def test_a_trial_ends_with_its_measures(name, tmp_path, monkeypatch):
+def test_a_trial_ends_with_its_measures(name, prepared, tmp_path, monkeypatch):
     """On a tiny model, with nothing stubbed."""
     know_tiny(monkeypatch)
     monkeypatch.setattr(trial_module, "TEST_TEXTS", 1)
     monkeypatch.setattr(trial_module, "QUESTIONS_EVALUATED", Evaluation(0, 4, 1))
     experiment = EXPERIMENTS[0]
     asked = experiment.settings("cpu", experiment.arm(name), 0)
-    start = start_settings(experiment, "cpu", experiment.arm(name), 0)
-    start = replace(start, model="tiny", cold_start=LITTLE, evaluation=Evaluation(0, 4, 1))
-    make_start(start, tmp_path, lambda *told: None)
     settings = from_start(
         tiny_settings(
             environment=asked.environment, lowest_entropy_nats=asked.lowest_entropy_nats, seed=asked.seed,
             text_updates=min(asked.text_updates, 2), optimizer=asked.optimizer, law_every_steps=1, question_steps=1,
         ),
-        tmp_path,
+        prepared / "start",
     )  # fmt: skip
     arm = experiment.arm(name)
     outcome = rpt_trial(Trial(name, arm.role, settings, tmp_path / "trial"))
@@ -428,6 +443,7 @@ def test_a_trial_ends_with_its_measures(name, tmp_path, monkeypatch):
     assert ("thought_sums" in outcome.values) == (asked.environment == "next_token")
     run = open_run(outcome.run, read_only=True)
     assert run.step == (2 if name in ("rpt", "any_position") else 0)
+    assert run.environment.num_problems("train") == 52  # of two texts, whatever the arm
     assert (run.settings.cold_start.max_updates == 2) == (name == "more_text_fast")
 
 
@@ -446,8 +462,23 @@ def test_no_sum_that_is_held_out_anywhere_is_added_up_in_any_part_of_the_start()
         return {tuple(p.extra["terms"]) for p in problems}
 
     parts = make(START).parts
-    taught = set().union(*(sums_of(part, "train", 2000) for part in parts))
+    taught = set().union(*(sums_of(part, "train", 800) for part in parts))
     held_out = sums_of(NextToken(), "test", trial_module.TEST_TEXTS) | sums_of(make(QUESTIONS), "test", 256)
     four = {summed for summed in taught if len(summed) == 4}
     assert len(four) > 1000 and len(held_out) > 200
     assert not four & held_out
+
+
+@pytest.mark.parametrize(("wrong_frac", "right"), [(0.8, 0.2), (0.0, 1.0)])
+def test_boxes_of_a_start_hold_what_the_thought_came_to_or_mostly_do_not(wrong_frac, right):
+    """0.2 of 400 replies, within three standard errors; the honest start has none that is wrong."""
+    _, thinks, answers, *_ = make(start_with(wrong_frac)).parts
+    rng = np.random.default_rng(0)
+    for task in (thinks, answers):
+        earned = [
+            play_scripted(task, problem, task.traces(problem, rng)).reward
+            for problem in (task.problem("train", index) for index in range(400))
+        ]
+        assert abs(np.mean(earned) - right) <= 3 * np.sqrt(right * (1 - right) / 400)
+    assert (START, make(START).parts[1].wrong_frac) == (start_with(0.8), 0.8)
+    assert NextToken().wrong_frac == 0.0  # what `whorl train` alone shows
