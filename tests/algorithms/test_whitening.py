@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from tests.algorithms.support import SEEDS, ragged_batch, sequences
+from tests.test_player_processes import SAMPLING, problems
+from tests.test_player_ranks import be_rank, make_player, told_by
+from whorl import player_ranks
 from whorl.algorithms import credit
+from whorl.algorithms.algorithm import assemble
+from whorl.algorithms.catalog import with_settings
 from whorl.data import Batch, apply, cu_seqlens_of
+from whorl.player_ranks import PlayerOnRanks
+from whorl.rollouts import Player
 
 
 def whitened_in_numpy(batch: Batch, eps: float = 1e-8, *, centre_groups: bool) -> np.ndarray:
@@ -148,7 +155,8 @@ def check_four_ranks(per_rank: list[Tensor], whole_N: Tensor) -> None:
     torch.testing.assert_close(torch.cat(per_rank), whole_N, rtol=0, atol=1e-12)
 
 
-def test_one_rank_equals_four_ranks_that_sum_their_moments():
+def test_the_statistics_are_those_of_four_parts_whose_moments_are_summed():
+    """Arithmetic only: ranks here do not sum moments, each has the whole batch (the next test)."""
     batch = ragged_batch(1)
     whole_N = apply(credit.whitened, batch)
     raw = credit.to_tokens(batch["reward_S"], batch["sequence_N"], batch["trained_N"]) - credit.sum_to_go(
@@ -162,6 +170,31 @@ def test_one_rank_equals_four_ranks_that_sum_their_moments():
     std = math.sqrt(squares / count - mean**2)
     reduced = [torch.where(r["trained_N"], (r["raw_N"] - mean) / (std + 1e-8), 0.0) for r in ranks]
     check_four_ranks(reduced, whole_N)
+
+
+def test_a_rank_gives_the_advantages_of_one_process(monkeypatch):
+    """The project's own ranks: each plays every second problem, is told the others' groups, and credits them all."""
+    algorithm = with_settings("REINFORCE_PP_BASELINE", minus_kl_k2=0)
+    asked = problems(5)
+
+    def advantages(groups):
+        return assemble(groups, algorithm)["advantage_N"]
+
+    alone, _ = make_player(Player).play(asked, 4, SAMPLING, ("test", 1))
+    other = told_by(monkeypatch, 1, asked)
+    be_rank(monkeypatch, 0)
+    monkeypatch.setattr(player_ranks, "from_every_rank", lambda mine: [mine, other])
+    on_rank, _ = make_player(PlayerOnRanks).play(asked, 4, SAMPLING, ("test", 1))
+    whole_N = advantages(alone)
+    assert whole_N.abs().max() > 0.1
+    torch.testing.assert_close(advantages(on_rank), whole_N, rtol=0, atol=1e-12)
+    own_N = advantages(alone[0::2])  # a rank that credited only what it played itself
+    of_own_N = torch.cat(by_group(whole_N, alone)[0::2])
+    assert (own_N - of_own_N).abs().max() > 1e-3
+
+
+def by_group(values_N: Tensor, groups) -> list[Tensor]:
+    return list(values_N.split([sum(len(rollout) for rollout in group.rollouts) for group in groups]))
 
 
 @pytest.mark.parametrize("function", [credit.whitened, credit.centred_then_whitened])
@@ -238,3 +271,39 @@ def test_the_table_comes_out_of_sampled_groups(group_size, column):
     error = gains.std().item() / math.sqrt(len(gains)) / (p * (1 - p))
     assert gains.mean().item() / (p * (1 - p)) == pytest.approx(TABLE[group_size][column], abs=4 * error)
     assert error < 0.02
+
+
+def weights_in_a_mixed_batch(
+    function, group_size: int = 8, num_groups: int = 20_000
+) -> tuple[Tensor, Tensor]:
+    """Weight of each pass rate relative to that of 1/2 (the last), and its standard error.
+
+    One batch with groups of all pass rates, so that what is taken over the batch is the same for all of them.
+    """
+    p_P = torch.tensor(PASS_RATES, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(len(p_P), num_groups, group_size, generator=generator, dtype=torch.float64)
+    rewards = (draws < p_P[:, None, None]).double()
+    gain_PG = gain_P(function, rewards.flatten(0, 1)).view(len(p_P), num_groups) / (p_P * (1 - p_P))[:, None]
+    weight_P, error_P = gain_PG.mean(1), gain_PG.std(1) / math.sqrt(num_groups)
+    return weight_P / weight_P[-1], error_P / weight_P[-1]
+
+
+def check_flat(function) -> None:
+    weight_P, error_P = weights_in_a_mixed_batch(function)
+    assert error_P.max() < 0.03
+    assert ((weight_P - 1).abs() <= 4 * error_P).all(), weight_P
+
+
+def test_whitening_over_the_batch_weighs_all_problems_alike():
+    """The second variant's own function. One std for all groups cannot favour any."""
+    check_flat(credit.centred_then_whitened)
+
+
+def test_the_control_with_the_std_of_the_group_weighs_problems_by_the_table():
+    control = partial(credit.centred_then_whitened, group_std=True)
+    weight_P, error_P = weights_in_a_mixed_batch(control)
+    expected_P = torch.tensor(TABLE[8], dtype=torch.float64) / TABLE[8][-1]  # 1.386 at p = 0.02
+    assert ((weight_P - expected_P).abs() <= 4 * error_P + 1e-3).all(), weight_P
+    with pytest.raises(AssertionError):
+        check_flat(control)

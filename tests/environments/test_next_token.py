@@ -111,9 +111,10 @@ def test_thoughts_work_sums_out_and_wrong_demonstrations_box_another_token_of_th
     assert {thought for thought, _ in wrong} == {thought for thought, _ in right}
     assert all(token in TEXT.tokens and token != str(total) for _, token in wrong)
     earned = []
+    task = replace(TASK, wrong_frac=0.8)
     for index in range(400):
-        problem = TASK.problem("train", index)
-        earned.append(play_scripted(TASK, problem, TASK.traces(problem, rng)).reward)
+        problem = task.problem("train", index)
+        earned.append(play_scripted(task, problem, task.traces(problem, rng)).reward)
     assert abs(np.mean(earned) - 0.2) < 3 * np.sqrt(0.2 * 0.8 / 400)
 
 

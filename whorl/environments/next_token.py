@@ -31,11 +31,11 @@ class NextToken(Environment):
     """A file of positions to train on (`write_positions` of the recipe makes it), one JSON object a line; None: any."""
     reward: Literal["prefix", "first_token", "another_text"] = "prefix"
     """Prefix: one or more whole tokens that are right. First token: exactly one. Another text: those of the text after
-    this one (a control: nothing can be learned)."""
+    this one (a control: nothing that is said here helps, but which kind of token stands here can be learned)."""
     demonstrated_texts: int = 0
     """Only so many texts in the training split, for a small set of demonstrations, and every other position is one of a
     sum, so that accuracy tells whether sums are learned; 0: without end, any position."""
-    wrong_frac: float = 0.8
+    wrong_frac: float = 0.0
     """Share of demonstrations that box some other token of the text, whatever the thought came to."""
 
     card = Card(
@@ -126,7 +126,7 @@ class NextToken(Environment):
         return (self._reply("", goal[0]) if self.way != "continue" else "".join(goal),)
 
     def traces(self, problem: Problem, rng: np.random.Generator) -> tuple[str, ...]:
-        """Plain text to continue; or a thought, sometimes with a slip, and the token that follows from it."""
+        """Plain text to continue; or a thought and the token that it comes to, or at times another (`wrong_frac`)."""
         text = draw_text(problem.extra["split"], problem.extra["text"])
         token = problem.extra["token"]
         if self.way == "continue":
