@@ -105,6 +105,19 @@ def test_no_arms_shaping_touches_the_reward_of_a_right_worked_answer() -> None:
             assert given[0] == 1 > given[1]
 
 
+def test_on_the_gpu_dapos_shaping_takes_an_eighth_off_a_right_worked_answer_and_nothing_else_does() -> None:
+    experiment = stale_updates.EXPERIMENT
+    task = make("forked_arithmetic,num_terms=6")
+    assert isinstance(task, ForkedArithmetic) and "num_terms=6" in experiment.budgets["gpu"].environment
+    worked = len(FORK + task.worked(task.problem("train", 0))) + 1  # and the end
+    assert worked == 33
+    for arm in experiment.arms:
+        reward = 1.0
+        for shape in experiment.settings("gpu", arm, 0).resolve_algorithm().shaping:
+            reward = shape(torch.ones(1), torch.zeros(worked).long(), torch.ones(worked).bool()).item()
+        assert reward == (7 / 8 if arm.name.startswith("dapo") else 1.0)
+
+
 def test_a_bf16_head_at_an_offset_of_64_rounds_the_samplers_logits_to_halves_and_leaves_the_learner(
     tmp_path, monkeypatch
 ) -> None:
@@ -369,24 +382,27 @@ def test_a_watched_trial_that_is_killed_goes_on_with_the_prices_it_had(tmp_path,
         }
 
 
-def test_what_a_character_earns_is_that_of_the_last_four_steps_and_no_alarm_is_known_from_below(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("last_alarm", [0, 2])
+def test_what_a_character_earns_is_that_of_all_steps_since_the_last_alarm(
+    tmp_path, monkeypatch, last_alarm
 ) -> None:
     know_tiny(monkeypatch)
     experiment = judge_length_bias.EXPERIMENT
     task = "judged_arithmetic,num_terms=2,modulus=2,worked_frac=0.0,padded_frac=1.0,length_share=1.0,long_reply=16"
-    # The watch wants to see more steps than there are.
-    changes = {**SMALL, "environment": task, "cores": 1, "num_steps": 6, "watched_steps": 7}
+    calls = [0.0 if step == last_alarm else None for step in range(1, 7)]
+    monkeypatch.setattr(judge_length_bias.Watch, "see", lambda watch, graded: calls.pop(0))
+    changes = {**SMALL, "environment": task, "cores": 1, "num_steps": 6, "watched_steps": 2}
     settings = changed(experiment.settings("cpu", experiment.arm("unwatched"), 0), changes)
     outcome = judge_length_bias.train_watched(Trial("unwatched", "method", settings, tmp_path))
     first = outcome.values["first_alarm"]
-    assert outcome.values["alarms"] == 0 and isinstance(first, AtLeast) and first == 6
+    assert outcome.values["alarms"] == bool(last_alarm) and first == (last_alarm or 6)
+    assert isinstance(first, AtLeast) == (not last_alarm)
     # By hand: grades on lengths and one column for each problem and answer, every reply once.
     assert outcome.run is not None
     directory = RunDirectory.open(outcome.run)
     found = {
         (step, one.rollout.group, one.rollout.reply): one.rollout.reward
-        for step in (3, 4, 5, 6)
+        for step in range(last_alarm + 1, 7)
         for one in directory.read_rollouts(step)
     }
     cells = [(step, group, reply.rpartition("#")[2]) for step, group, reply in found]

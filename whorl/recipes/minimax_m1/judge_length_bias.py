@@ -94,7 +94,7 @@ def train_watched(trial: Trial) -> Outcome:
     """A run whose judge is recalibrated when its watch says so. After a kill the watch sees the past again.
 
     Values: `alarms`; `first_alarm`, known from below where there was none; `slope`, what a character earns at equal
-    answers in the last four steps, none if no two answers can be compared.
+    answers since the last recalibration, or in the whole run; none if no two answers can be compared.
     """
     run = begin_or_go_on(trial)
     assert isinstance(run.settings, WatchedJudge) and isinstance(run.player, Player)
@@ -115,8 +115,8 @@ def train_watched(trial: Trial) -> Outcome:
     outcome = carry_on(trial, run, lambda run: look(run, run.step))
     values = {"alarms": float(len(alarms))}
     values["first_alarm"] = float(alarms[0]) if alarms else AtLeast(run.num_steps)
-    last_steps = range(max(1, run.step - 3), run.step + 1)
-    slope = slope_at_equal_answers(one for step in last_steps for one in graded_in(run, step))
+    since = range(alarms[-1] + 1 if alarms else 1, run.step + 1)
+    slope = slope_at_equal_answers(one for step in since for one in graded_in(run, step))
     if math.isfinite(slope.standard_error):
         values["slope"] = slope.value
     return replace(outcome, values=values)
@@ -161,7 +161,7 @@ EXPERIMENT = Experiment(
         Measure("alarms", "times the judge was recalibrated", value("alarms"), False, "times"),
         Measure("first_alarm", "step of the first alarm", value("first_alarm"), False, "steps"),
         Measure(
-            "slope", "grade that a character earns at equal answers, over the last four steps", value("slope"),
+            "slope", "grade that a character earns at equal answers, since the last recalibration", value("slope"),
             higher_is_better=False, unit="grade",
         ),
         Measure("tokens", "tokens generated in training", total("generated_tokens"), False, "tokens", "ratio"),
