@@ -1,5 +1,6 @@
 """The length window of a run grows when both triggers say so, binds training answers alone, and survives a kill."""
 
+from dataclasses import replace
 from statistics import fmean
 
 import numpy as np
@@ -43,6 +44,19 @@ def followed(window: Window, perplexities: list[float], lengths: list[float]) ->
         stages.append(window.stage)
         window.observe({"perplexity": perplexity, "response_tokens_p99": length, "reward": 1.0})
     return stages
+
+
+def test_a_relative_tolerance_is_a_share_of_what_perplexity_has_above_one() -> None:
+    relative = replace(THREE, converged_relative=True, converged_tolerance=0.1)
+    falling, steady = [1.020, 1.020, 1.017, 1.017], [1.020, 1.020, 1.019, 1.019]  # by 15%, by 5%
+    for scale in (1, 10):  # the same curve, ten times as far from certainty
+        for values, stage in ((falling, 0), (steady, 1)):
+            window = Window(relative)
+            followed(window, [1 + scale * (value - 1) for value in values], [20.0] * 4)
+            assert window.stage == stage
+    absolute = Window(THREE)  # within 0.02 both have converged
+    followed(absolute, falling, [20.0] * 4)
+    assert absolute.stage == 1
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ near the window.
 """
 
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
-from whorl.curricula.gates import AllOf, Gate, NearLimit, Plateau, record
+from whorl.curricula.gates import AllOf, Gate, History, NearLimit, Plateau, record
 from whorl.data import Metrics
 
 WATCHED = ("perplexity", "response_tokens_p99")
@@ -27,6 +28,8 @@ class LengthWindow:
     """Perplexity has converged when its mean over so many steps is that of as many before them ..."""
     converged_tolerance: float = 0.02
     """... but for this difference. Only steps in the present window count."""
+    converged_relative: bool = False
+    """The tolerance is a share of what perplexity has above 1, which is certainty: near 1 any difference is small."""
 
     def __post_init__(self) -> None:
         def need(condition: bool, message: str) -> None:
@@ -43,9 +46,16 @@ class LengthWindow:
         return AllOf(
             (
                 NearLimit("response_tokens_p99", self.tokens[stage], self.near_limit_frac),
-                Plateau("perplexity", self.converged_steps, self.converged_tolerance),
+                self.converged,
             )
         )
+
+    def converged(self, history: History) -> bool:
+        """Whether perplexity has."""
+        steps = self.converged_steps
+        before = history.get("perplexity", ())[-2 * steps :][:steps]
+        scale = fmean(before) - 1 if self.converged_relative and before else 1.0
+        return Plateau("perplexity", steps, self.converged_tolerance * scale)(history)
 
 
 @dataclass

@@ -12,13 +12,14 @@ result, the longer ones earn more. If both, the price of a character is raised b
 right is known to the measures alone.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from whorl.environments.judged_arithmetic import JudgedArithmetic
 from whorl.experiments.plan import Arm, Claim, Experiment, Measure
-from whorl.experiments.readings import held_out, mean_of_last, total, value
+from whorl.experiments.readings import AtLeast, held_out, mean_of_last, total, value
 from whorl.experiments.trials import Outcome, Trial, begin_or_go_on, carry_on
 from whorl.learning.optimizer import OptimizerSettings
 from whorl.recipes.minimax_m1.recipe import MinimaxM1
@@ -82,14 +83,19 @@ def graded_in(run: Run, step: int) -> list[Graded]:
     """The rollouts of a step as the judge saw them; the answer is what follows '#'."""
     rollouts = [stored.rollout for stored in run.directory.read_rollouts(step)]
     return [
-        Graded((one.group, one.reply.rpartition("#")[2]), one.reply, len(one.reply), one.reward)
+        # By problem and not by group, whose number is its place in the step: the watch looks at several steps.
+        Graded((one.problem.id, one.reply.rpartition("#")[2]), one.reply, len(one.reply), one.reward)
         for one in rollouts
         if one.reward is not None
     ]
 
 
 def train_watched(trial: Trial) -> Outcome:
-    """A run whose judge is recalibrated when its watch says so. After a kill the watch sees the past again."""
+    """A run whose judge is recalibrated when its watch says so. After a kill the watch sees the past again.
+
+    Values: `alarms`; `first_alarm`, known from below where there was none; `slope`, what a character earns at equal
+    answers since the last recalibration, or in the whole run; none if no two answers can be compared.
+    """
     run = begin_or_go_on(trial)
     assert isinstance(run.settings, WatchedJudge) and isinstance(run.player, Player)
     watch = Watch(run.settings)
@@ -107,8 +113,13 @@ def train_watched(trial: Trial) -> Outcome:
     for step in range(1, run.step + 1):
         look(run, step)
     outcome = carry_on(trial, run, lambda run: look(run, run.step))
-    first = float(alarms[0]) if alarms else float(run.num_steps)
-    return replace(outcome, values={"alarms": float(len(alarms)), "first_alarm": first})
+    values = {"alarms": float(len(alarms))}
+    values["first_alarm"] = float(alarms[0]) if alarms else AtLeast(run.num_steps)
+    since = range(alarms[-1] + 1 if alarms else 1, run.step + 1)
+    slope = slope_at_equal_answers(one for step in since for one in graded_in(run, step))
+    if math.isfinite(slope.standard_error):
+        values["slope"] = slope.value
+    return replace(outcome, values=values)
 
 
 JUDGED = "judged_arithmetic,judge_errors=0.1"
@@ -149,28 +160,44 @@ EXPERIMENT = Experiment(
         ),
         Measure("alarms", "times the judge was recalibrated", value("alarms"), False, "times"),
         Measure("first_alarm", "step of the first alarm", value("first_alarm"), False, "steps"),
+        Measure(
+            "slope", "grade that a character earns at equal answers, since the last recalibration", value("slope"),
+            higher_is_better=False, unit="grade",
+        ),
         Measure("tokens", "tokens generated in training", total("generated_tokens"), False, "tokens", "ratio"),
     ),
+    # `unbiased` errs as often as the biased judges do, so all that it lacks is the bias.
     claims=(
         Claim(
             "A judge that prefers length makes the policy grow longer", "section 4.2, no figure",
-            "length", "unwatched", "verifier", "higher", margin=1.2,
+            "length", "unwatched", "unbiased", "higher", margin=1.2,
         ),
         Claim(
             "and not do the task better", "section 4.2, no figure",
-            "accuracy", "unwatched", "verifier", "lower", margin=0.02,
+            "accuracy", "unwatched", "unbiased", "lower", margin=0.02,
         ),
         Claim(
-            "Watching and recalibrating ends it", "section 4.2, no figure",
+            "Watching and recalibrating makes answers shorter", "section 4.2, no figure",
             "length", "watched", "unwatched", "lower", margin=1.2,
         ),
         Claim(
-            "and the task is done better for it", "section 4.2, no figure",
+            # From 10% on the watch itself takes answers for longer.
+            "and ends the growth: they are as long as under a judge without bias", "section 4.2, no figure",
+            "length", "watched", "unbiased", "equal", margin=1.1,
+        ),
+        Claim(
+            # A fifth of what was planted: 0.5 of a grade over 40 characters.
+            "Recalibrated, the judge no longer pays for length", "section 4.2, no figure",
+            "slope", "watched", "unbiased", "equal", margin=0.0025,
+        ),
+        Claim(
+            "The task is done better for being watched", "section 4.2, no figure",
             "accuracy", "watched", "unwatched", "higher", margin=0.02,
         ),
         Claim(
+            # Nobody watches the verifier, so it has no alarms.
             "A judge without bias is left alone", "section 4.2 has no word on false alarms",
-            "alarms", "watched", "unbiased", "higher", margin=0.5,
+            "alarms", "unbiased", "verifier", "equal", margin=0.5,
         ),
     ),
     trial=train_watched,

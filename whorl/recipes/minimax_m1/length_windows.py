@@ -11,6 +11,9 @@ ten, fits every window: what a window cuts off, training in it can unlearn. Two 
 and never end, so that some wrong answers meet the limit however far it is.
 """
 
+import math
+from itertools import pairwise
+
 import numpy as np
 
 from whorl.experiments.plan import Arm, Claim, Experiment, Measure
@@ -24,6 +27,9 @@ from whorl.window import LengthWindow
 
 WINDOWS = (20, 24, 28, 32, 36, 40)
 """40K to 80K, divided by 2,000."""
+
+# The triggers are the paper's, their numbers ours: it publishes none. Six steps at least in each window.
+TRIGGERS = LengthWindow(converged_steps=3, converged_tolerance=0.1, converged_relative=True)
 
 TASK = " + ".join(
     f"looping_arithmetic,num_terms={n},worked_frac=0.85,loop_frac=0.4,loop_tokens=64,table_frac=0.0"
@@ -39,6 +45,33 @@ def wrong_excess(outcome: Outcome) -> float:
     )
 
 
+def openings(outcome: Outcome) -> list[tuple[int, int]]:
+    """Indices of the rows with which a window opened, each with the number of steps in the window before."""
+    stages = [(i, row["window_stage"]) for i, row in enumerate(outcome.rows) if row.get("window_stage")]
+    found, since = [], 0
+    for (_, before), (index, stage) in pairwise(stages):
+        since += 1
+        if stage != before:
+            found.append((index, since))
+            since = 0
+    if not found:
+        raise ValueError("no window opened")
+    return found
+
+
+def opening_rise(outcome: Outcome) -> float:
+    """-log mu of a token in the (up to four) steps after an opening less that in the four before; the mean over the
+    openings."""
+    nats = [math.log(row["perplexity"]) if "perplexity" in row else math.nan for row in outcome.rows]
+    rises = [np.nanmean(nats[i : i + 4]) - np.nanmean(nats[i - 4 : i]) for i, _ in openings(outcome)]
+    return float(np.mean(rises))
+
+
+def late_openings(outcome: Outcome) -> float:
+    """Share of the openings that perplexity held up: they came later than the earliest possible step."""
+    return float(np.mean([steps > 2 * TRIGGERS.converged_steps for _, steps in openings(outcome)]))
+
+
 EXPERIMENT = Experiment(
     name="length_windows",
     question="Is a window that grows in steps better than a jump to its last size, and than staying at the first?",
@@ -48,10 +81,9 @@ EXPERIMENT = Experiment(
         cold_start=ColdStart(max_updates=2000, until_accuracy=0.4, check_every_updates=20),
         algorithm="CISPO,dynamic_sampling=False",
         sampling=Sampling(max_tokens=WINDOWS[-1]),
-        # The triggers are the paper's, their numbers ours: it publishes none.
-        length_window=LengthWindow(converged_steps=2, converged_tolerance=0.02),
+        length_window=TRIGGERS,
         optimizer=OptimizerSettings(1e-4, warmup_steps=0),
-        num_steps=40,
+        num_steps=80,
         problems_per_step=16,
         evaluation=Evaluation(5, 128, 1),  # by the last window in every arm
         stop_after_steps_without_signal=0,
@@ -71,6 +103,11 @@ EXPERIMENT = Experiment(
             "length", "tokens of a held-out answer at the end", mean_of_last("eval_response_tokens", 2), unit="tokens"
         ),
         Measure("perplexity", "mean perplexity of generated text", area("perplexity"), False, "1", "ratio"),
+        Measure(
+            "opening_rise", "-log mu of a token after an opening less that before, four steps each", opening_rise,
+            higher_is_better=False, unit="nats",
+        ),
+        Measure("late_openings", "share of the openings that came later than they could", late_openings, unit="1"),
         Measure("wrong_excess", "tokens by which wrong answers are longer", wrong_excess, False, "tokens"),
         Measure("stage", "window reached", last("window_stage"), unit="windows"),
         Measure("tokens", "tokens generated in training", total("generated_tokens"), False, "tokens", "ratio"),
@@ -85,8 +122,8 @@ EXPERIMENT = Experiment(
             "final", "staged", "jump", "higher", margin=0.02,
         ),
         Claim(
-            "Generated text stays less noisy in steps than after a jump", "section 5, no figure",
-            "perplexity", "staged", "jump", "lower", margin=1.01,
+            "Text turns noisier when a window jumps than when it grows by a step", "section 5, no figure",
+            "opening_rise", "jump", "staged", "higher", margin=0.01,
         ),
         Claim(
             "Wrong answers run less far beyond right ones in steps than after a jump", "section 5, no figure",

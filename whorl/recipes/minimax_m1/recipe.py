@@ -24,6 +24,9 @@ class MinimaxM1(Settings):
         "hybrid of about 1M parameters in place of 456B; one softmax layer per lightning layer",
         "cold start on the environment's gold answers in place of pretraining and long-CoT fine-tuning",
         "32 problems x 8 rollouts a step; the paper's batch is not given",
+        "a limit of 64 tokens, so the repetition stop, a run of 3,000 as in the paper, cannot fire; repetition_stop "
+        "has it at scale",
+        "without the length penalty of DAPO, which the paper took over: its length and its buffer are not given",
     )
     unsaid: ClassVar[tuple[str, ...]] = (
         "the upper bound of the importance weight: 5, see the catalogue",
