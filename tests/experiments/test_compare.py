@@ -81,7 +81,7 @@ def test_arms_that_stop_or_break_are_data_and_the_others_are_judged(tmp_path, ca
     assert verdicts[:3] == ["reproduced", "reproduced", "reproduced"]
     assert verdicts[3:] == ["not testable here"] * 3
     report = (whole.place / "report.md").read_text()
-    assert "+0.100 [0.100, 0.100]" in report and "stops, seed 0: there was nothing to learn" in report
+    assert "+0.100, 2 pairs" in report and "stops, seed 0: there was nothing to learn" in report
     assert (whole.place / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert sum(file.stat().st_size for file in whole.place.iterdir()) < 200_000
     assert str(tmp_path) not in "".join(f.read_text() for f in whole.place.glob("*.json"))

@@ -1,6 +1,7 @@
 """The ledger is made from results, the recipes' pages hold what it says, and both are current in this checkout."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from tests.experiments.tiny_recipe import EXPERIMENTS
 from tests.support import Tiny
 from whorl import cli
 from whorl.experiments.compare import Comparison, current, read_results, write_results
-from whorl.experiments.judge import Result
+from whorl.experiments.judge import Result, judge
 from whorl.experiments.ledger import BEGIN, END, pages_of, stale_pages, write_ledger
+from whorl.experiments.readings import AtLeast
+from whorl.experiments.report import verdict_table
 from whorl.recipes.catalog import recipes_with_experiments
 
 RECIPES = {"tiny": (Tiny, EXPERIMENTS)}
@@ -48,12 +51,38 @@ def test_a_claim_stands_with_their_figure_ours_the_verdict_command_and_date(tmp_
     put_results(tmp_path)
     (text,) = pages_of(RECIPES, tmp_path / "results", tmp_path / "docs").values()
     row = next(line for line in text.splitlines() if line.startswith("| the better arm is better"))
-    assert "by 0.1" in row and "**reproduced**" in row and "+0.100 [0.100, 0.100], 3 pairs" in row
+    assert "by 0.1" in row and "**reproduced**" in row and "+0.100, 3 pairs" in row
     assert "better 0.910 [0.885, 0.935]" in row  # 0.90, 0.91, 0.92: 0.91 +- 4.303 * 0.01 / sqrt(3)
     assert "`whorl compare tiny`, 2026-11-22" in text and "4 x 4 rollouts a step, cpu" in text
     row = next(line for line in text.splitlines() if line.startswith("| on 456B"))
     assert "70.0" in row and "**not testable here**: that model does not fit" in row
     assert "Not run yet: `whorl compare tiny --experiment losses`" in text
+
+
+def test_means_are_of_the_pairs_and_a_failed_trial_without_a_partner_ends_no_ledger(tmp_path):
+    place = put_results(tmp_path)
+    kept = read_results(place)
+    alone = Result("better", 3, "k", values={"accuracy": 0.0, "steps": 2.0, "spikes": 2.0})
+    write_results(place, EXPERIMENTS[0], [*kept, alone])
+    (text,) = pages_of(RECIPES, tmp_path / "results", tmp_path / "docs").values()
+    assert "better 0.910 [0.885, 0.935]" in text and ", 3 pairs" in text
+    failed = Result("better", 3, "k", reason="weights not finite")
+    write_results(place, EXPERIMENTS[0], [*kept, failed])
+    (text,) = pages_of(RECIPES, tmp_path / "results", tmp_path / "docs").values()
+    assert (
+        "better at seed 3 has no accuracy: weights not finite" in text and "pairs" not in text.split("## ")[1]
+    )
+
+
+def test_what_is_known_from_below_is_shown_as_open(tmp_path):
+    place = put_results(tmp_path)
+    steps = {"better": 2.0, "plain": AtLeast(4.0)}
+    kept = [replace(r, values={**r.values, "steps": steps[r.arm]}) for r in read_results(place)]
+    write_results(place, EXPERIMENTS[0], kept)
+    (text,) = pages_of(RECIPES, tmp_path / "results", tmp_path / "docs").values()
+    assert "better 2.000, plain 4.000 or more; x0.500 or less, 3 pairs" in text
+    lines = verdict_table(EXPERIMENTS[0], judge(EXPERIMENTS[0], kept))
+    assert any("x0.500 or less, 3 pairs" in line for line in lines)
 
 
 def test_results_of_a_gpu_stand_beside_those_of_a_cpu(tmp_path):

@@ -8,11 +8,19 @@ import pytest
 from PIL import Image
 
 from tests.experiments.tiny_recipe import EXPERIMENTS
+from whorl.evaluation.statistics import Estimate
 from whorl.experiments.curves import COLOURS, draw_curves, mean_curve
 from whorl.experiments.judge import Result
 from whorl.experiments.plan import Arm
 from whorl.experiments.readings import AtLeast
-from whorl.experiments.report import cost_table, difference_table, measure_table, number, unread_lines
+from whorl.experiments.report import (
+    cost_table,
+    difference_table,
+    estimate_text,
+    measure_table,
+    number,
+    unread_lines,
+)
 
 SCRIPTED = EXPERIMENTS[0]
 
@@ -91,10 +99,21 @@ def test_a_picture_is_drawn_if_there_is_a_curve():
         (0.00012, "1.2e-04"),
         (0.0, "0.000"),
         (float("inf"), "∞"),
+        (6_906_145_008_517_120.0, "6.91e15"),
+        (-1.5e7, "-1.50e7"),
+        (9_999_999.0, "9,999,999"),
     ],
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
+
+
+def test_a_number_that_all_seeds_share_has_no_interval():
+    counted = 6_906_145_008_517_120.0
+    assert estimate_text(Estimate(counted, counted, counted)) == "6.91e15"
+    assert estimate_text(Estimate(0.1, 0.1 - 1e-17, 0.1 + 1e-17)) == "0.100"  # the same up to rounding
+    assert estimate_text(Estimate(0.0, 0.0, 0.0)) == "0.000"
+    assert estimate_text(Estimate(0.1, 0.0999, 0.1001)) == "0.100 [0.100, 0.100]"
 
 
 def test_what_has_no_number_is_said_once_for_all_seeds_of_an_arm():

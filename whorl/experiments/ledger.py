@@ -7,9 +7,9 @@ from typing import Any
 
 import whorl
 from whorl.experiments.compare import place_of, read_results
-from whorl.experiments.judge import Judged, judge, results_of, summary_of
+from whorl.experiments.judge import Judged, judge, paired_seeds, results_of, summary_of
 from whorl.experiments.plan import Experiment
-from whorl.experiments.report import comparison_text, estimate_text, table
+from whorl.experiments.report import estimate_text, found_text, table
 from whorl.reporting.run_directory import write_atomically
 from whorl.settings import Settings
 
@@ -17,10 +17,20 @@ Recipes = Mapping[str, tuple[type[Settings], tuple[Experiment, ...]]]
 
 HEAD = """# Ledger
 
-What the papers claim and what came of it here, written by `whorl ledger` from `results/` and not by hand. A claim is
-*reproduced*, *tied*, *contradicted* or *not testable here* by rules that stand in `whorl/experiments/judge.py`:
-paired seeds, Student's 95% interval of the difference, a margin that is declared before. Claims are judged one by one;
-nothing corrects for their number. A verdict holds at the scale in its row and says nothing of the paper's own.
+What the papers claim and what came of it here, written by `whorl ledger` from `results/` and not by hand. The rules
+stand in `whorl/experiments/judge.py`: paired seeds, Student's 95% interval of the difference of two arms, and a margin,
+the smallest difference that would matter, declared before, where a claim has one. Claims that an arm is above another:
+
+- *reproduced*: the whole interval is on the claim's side of zero and its far end reaches the margin;
+- *contradicted*: the whole interval is on the other side, and its far end reaches the margin there;
+- *tied*: the interval lies within the margin on both sides, so a difference that would matter is excluded;
+- *undecided*: none of these; the seeds cannot tell.
+
+Claims that two arms are equal are *reproduced* if the interval lies within the margin, *contradicted* if it lies
+outside, else *undecided*. Any claim may be *not testable here*, for the reason given (a trial failed, or the scale does
+not allow it), or *not run*. "Or more" and "or less" mark comparisons with runs that never reached a threshold: those
+count as the whole budget. Claims are judged one by one; nothing corrects for their number. A verdict holds at the scale
+given with it and says nothing of the paper's own.
 """
 BEGIN, END = "<!-- written by `whorl ledger` -->", "<!-- end -->"
 """Between these lines of a recipe's page its results are put."""
@@ -88,17 +98,18 @@ def _what_was_run(name: str, experiment: Experiment, place: Path) -> str:
 
 
 def ours_of(experiment: Experiment, judged: Judged, results: Sequence[Any]) -> str:
-    """Both arms and their comparison, with the number of pairs it rests on."""
+    """Both arms over their pairs, and their comparison with the number of pairs it rests on."""
     claim = judged.claim
     if judged.ours is None:
         return "–"
     measure = experiment.measure(claim.measure)
-    means = []
-    for name in (claim.method, claim.baseline):
-        values = [result.values[measure.name] for result in results_of(results, name).values()]
-        means.append(f"{name} {estimate_text(summary_of(values)[0])}")
+    sides = {name: results_of(results, name) for name in (claim.method, claim.baseline)}
+    seeds, means = paired_seeds(*sides.values()), []
+    for (name, own), is_open in zip(sides.items(), (judged.method_open, judged.baseline_open), strict=True):
+        mean, _ = summary_of([own[seed].values[measure.name] for seed in seeds])
+        means.append(f"{name} {estimate_text(mean)}{' or more' * is_open}")
     return (
-        f"{measure.text}: {', '.join(means)}; {comparison_text(measure, judged.ours)}, {judged.num_pairs} pairs"
+        f"{measure.text}: {', '.join(means)}; {found_text(experiment, judged)}"
         f"{f' of {experiment.num_seeds}' if judged.num_pairs < experiment.num_seeds else ''}"
     )
 

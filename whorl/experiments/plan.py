@@ -22,7 +22,7 @@ from whorl.settings import Settings
 
 Role = Literal["method", "baseline", "control", "start"]
 Budget = Literal["cpu", "gpu"]
-Verdict = Literal["reproduced", "tied", "contradicted", "not testable here", "not run"]
+Verdict = Literal["reproduced", "tied", "undecided", "contradicted", "not testable here", "not run"]
 
 
 @dataclass(frozen=True)

@@ -104,18 +104,21 @@ def unread_lines(results: Sequence[Result]) -> list[str]:
 
 def verdict_table(experiment: Experiment, judged: Sequence[Judged]) -> list[str]:
     rows = []
-    for claim, verdict, ours, num_pairs, why in judged:
+    for one in judged:
+        claim = one.claim
         margin = "" if claim.margin is None else f", margin {claim.margin:g}"
         expected = f"{claim.measure} of {claim.method} {claim.expects} than {claim.baseline}{margin}"
         if claim.expects == "equal":
             expected = f"{claim.measure} of {claim.method} equal to {claim.baseline}{margin}"
-        found = (
-            "–"
-            if ours is None
-            else f"{comparison_text(experiment.measure(claim.measure), ours)}, {num_pairs} pairs"
-        )
+        expected = "–" if claim.untestable else expected
         rows.append(
-            (claim.text, claim.theirs, "–" if claim.untestable else expected, found, f"**{verdict}**: {why}")
+            (
+                claim.text,
+                claim.theirs,
+                expected,
+                found_text(experiment, one) or "–",
+                f"**{one.verdict}**: {one.why}",
+            )
         )
     return table(("claim", "theirs", "expected here", "ours", "verdict"), rows)
 
@@ -173,9 +176,7 @@ def _difference_cell(measure: Measure, own: Mapping[int, Result], baseline: Mapp
         compared = shown(measure, compare_pairs(measure, pairs))
     except ValueError:
         return "–"
-    method_open, baseline_open = known_from_below(pairs)
-    note = {(True, False): " or more", (False, True): " or less", (True, True): " (open)"}
-    return comparison_text(measure, compared) + note.get((method_open, baseline_open), "")
+    return comparison_text(measure, compared, *known_from_below(pairs))
 
 
 def cost_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
@@ -225,17 +226,32 @@ def number(value: float) -> str:
         return "∞" if value == math.inf else "-∞" if value == -math.inf else "–"
     if value != 0 and abs(value) < 0.001:
         return f"{value:.1e}"
+    if abs(value) >= 1e7:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def estimate_text(estimate: Estimate) -> str:
-    """`0.962 [0.931, 0.993]`; a single seed has no interval."""
-    if math.isnan(estimate.low):
+    """`0.962 [0.931, 0.993]`; a single seed has no interval, and an interval without width is not said."""
+    if math.isnan(estimate.low) or estimate.high - estimate.low <= 1e-9 * abs(estimate.value):
         return number(estimate.value)
     return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
 
 
-def comparison_text(measure: Measure, compared: Estimate) -> str:
-    """`+0.014 [-0.004, 0.032]`, or `x0.52 [0.31, 0.87]` for a ratio."""
+def comparison_text(
+    measure: Measure, compared: Estimate, method_open: bool = False, baseline_open: bool = False
+) -> str:
+    """`+0.014 [-0.004, 0.032]`, or `x0.52 [0.31, 0.87]` for a ratio; "or less" where the baseline is known from below
+    only, "or more" where the method is."""
     sign = "x" if measure.compare == "ratio" else "+" if compared.value > 0 else ""
-    return sign + estimate_text(compared)
+    note = {(True, False): " or more", (False, True): " or less", (True, True): " (open)"}
+    return sign + estimate_text(compared) + note.get((method_open, baseline_open), "")
+
+
+def found_text(experiment: Experiment, one: Judged) -> str:
+    """The comparison that a verdict rests on, with its number of pairs; nothing if there is none."""
+    if one.ours is None:
+        return ""
+    measure = experiment.measure(one.claim.measure)
+    return f"{comparison_text(measure, one.ours, one.method_open, one.baseline_open)}, {one.num_pairs} pairs"
