@@ -1,8 +1,10 @@
 """The ledger is made from results, the recipes' pages hold what it says, and both are current in this checkout."""
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -12,8 +14,10 @@ from whorl import cli
 from whorl.experiments.compare import Comparison, current, read_results, write_results
 from whorl.experiments.judge import Result, judge
 from whorl.experiments.ledger import BEGIN, END, pages_of, stale_pages, write_ledger
+from whorl.experiments.plan import changed
 from whorl.experiments.readings import AtLeast
 from whorl.experiments.report import verdict_table
+from whorl.experiments.trials import train_run
 from whorl.recipes.catalog import recipes_with_experiments
 
 RECIPES = {"tiny": (Tiny, EXPERIMENTS)}
@@ -94,6 +98,58 @@ def test_results_of_a_gpu_stand_beside_those_of_a_cpu(tmp_path):
     (text,) = pages_of(RECIPES, tmp_path / "results", tmp_path / "docs").values()
     assert text.count("**scripted**: Is the better arm better?") == 2
     assert "rollouts a step, cpu." in text and "rollouts a step, gpu." in text
+
+
+def test_a_scale_that_settings_do_not_tell_is_the_experiments_own(tmp_path):
+    put_results(tmp_path)
+    counted = {"tiny": (Tiny, (replace(EXPERIMENTS[0], scale="operations are counted"), EXPERIMENTS[1]))}
+    (text,) = pages_of(counted, tmp_path / "results", tmp_path / "docs").values()
+    assert "Scale: operations are counted, cpu." in text and "rollouts a step" not in text
+
+
+@pytest.mark.parametrize("name", sorted(recipes_with_experiments()))
+def test_where_no_steps_are_trained_from_a_start_the_scale_is_declared(name):
+    for experiment in recipes_with_experiments()[name][1]:
+        settings = [changed(b, arm.changes) for b in experiment.budgets.values() for arm in experiment.arms]
+        if experiment.trial is not train_run and not any(one.cold_start.max_updates for one in settings):
+            assert experiment.scale, f"{experiment.name}: say what a trial is"
+
+
+def test_the_experiments_that_train_by_no_steps_are_known():
+    found = {one.name for _, those in recipes_with_experiments().values() for one in those if one.scale}
+    assert found == {"attention_kinds", "generation_flops"}
+
+
+@dataclass(frozen=True)
+class Smaller(Tiny):
+    scaled: ClassVar[tuple[str, ...]] = (*Tiny.scaled, "a scripted judge")
+    unsaid: ClassVar[tuple[str, ...]] = (*Tiny.unsaid, "how it is watched")
+
+
+def test_what_an_experiments_settings_declare_beside_the_recipes_stands_with_it(tmp_path):
+    put_results(tmp_path)
+    own = replace(EXPERIMENTS[0], cpu=Smaller())
+    (text,) = pages_of(
+        {"tiny": (Tiny, (own, EXPERIMENTS[1]))}, tmp_path / "results", tmp_path / "docs"
+    ).values()
+    first, second = text.split("**losses**")
+    assert "Also scaled down here:\n\n- a scripted judge\n" in first and "how it is watched" in first
+    assert "Also" not in second
+    assert not any(f"- {item}\n" in first for item in Tiny.scaled)
+
+
+def test_a_section_links_to_its_report_from_either_page(tmp_path):
+    place = put_results(tmp_path)
+    page = tmp_path / "docs" / "recipes" / "tiny.md"
+    page.parent.mkdir(parents=True)
+    page.write_text(f"{BEGIN}\n{END}\n")
+    assert "[Report]" not in "".join(pages_of(RECIPES, tmp_path / "results", tmp_path / "docs").values())
+    (place / "report.md").write_text("# r")
+    pages = pages_of(RECIPES, tmp_path / "results", tmp_path / "docs")
+    for file, text in pages.items():
+        (link,) = re.findall(r"\[Report\]\(([^)]*)\)", text)
+        assert (file.parent / link).resolve() == (place / "report.md").resolve()
+    assert len(pages) == 2
 
 
 def test_other_results_make_another_page_and_one_written_by_hand_is_found(tmp_path):

@@ -1,6 +1,7 @@
 """`whorl ledger`: docs/ledger.md from all results, and each recipe's results in its own page. Not edited by hand."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,32 +49,33 @@ def write_ledger(recipes: Recipes, results: Path, docs: Path) -> list[Path]:
 
 def pages_of(recipes: Recipes, results: Path, docs: Path) -> dict[Path, str]:
     """What docs/ledger.md and the recipes' pages should hold."""
-    sections = {name: section_of(name, *pair, results) for name, pair in recipes.items()}
     ledger = [HEAD]
     for name, (settings, _) in recipes.items():
         page = docs / "recipes" / f"{name}.md"
         link = f"[{name}](recipes/{name}.md)" if page.is_file() else name
-        ledger += [f"## {link}", "", settings.claim, "", *sections[name], *deviations_of(settings)]
+        section = section_of(name, *recipes[name], results, docs)
+        ledger += [f"## {link}", "", settings.claim, "", *section, *deviations_of(settings)]
     pages = {docs / "ledger.md": "\n".join(ledger)}
-    for name in recipes:
+    for name, pair in recipes.items():
         page = docs / "recipes" / f"{name}.md"
-        if page.is_file() and (text := with_block(page.read_text(), "\n".join(sections[name]))):
+        block = "\n".join(section_of(name, *pair, results, page.parent))
+        if page.is_file() and (text := with_block(page.read_text(), block)):
             pages[page] = text
     return pages
 
 
 def section_of(
-    name: str, settings: type[Settings], experiments: Sequence[Experiment], results: Path
+    name: str, settings: type[Settings], experiments: Sequence[Experiment], results: Path, folder: Path
 ) -> list[str]:
-    """The recipe's claims, one row each, by experiment and budget."""
+    """The recipe's claims, one row each, by experiment and budget, for a page in this folder."""
     lines = []
     for experiment in experiments:
         places = [place_of(results, name, experiment, budget) for budget in ("cpu", "gpu")]
         for place in [place for place in places if (place / "config.json").is_file()] or places[:1]:
-            lines += [
-                f"**{experiment.name}**: {experiment.question} {_what_was_run(name, experiment, place)}",
-                "",
-            ]
+            what = f"**{experiment.name}**: {experiment.question} {_what_was_run(name, experiment, place)}"
+            if (place / "report.md").is_file():
+                what += f" [Report]({os.path.relpath(place / 'report.md', folder).replace(os.sep, '/')})."
+            lines += [what, ""]
             kept = read_results(place)
             rows = [
                 (
@@ -85,6 +87,8 @@ def section_of(
                 for one in judge(experiment, kept)
             ]
             lines += [*table(("claim", "theirs", "ours", "verdict"), rows), ""]
+        for own in dict.fromkeys(type(base) for base in experiment.budgets.values()):
+            lines += deviations_of(own, settings)
     return lines
 
 
@@ -94,7 +98,7 @@ def _what_was_run(name: str, experiment: Experiment, place: Path) -> str:
         return f"Not run yet: `whorl compare {name} --experiment {experiment.name}{more}`."
     config = json.loads((place / "config.json").read_text())
     dates = sorted({result.date for result in read_results(place) if result.date})
-    return f"{scale_of(config)}. `{config['command']}`, {', '.join(dates)}."
+    return f"{scale_of(experiment, config)}. `{config['command']}`, {', '.join(dates)}."
 
 
 def ours_of(experiment: Experiment, judged: Judged, results: Sequence[Any]) -> str:
@@ -114,8 +118,10 @@ def ours_of(experiment: Experiment, judged: Judged, results: Sequence[Any]) -> s
     )
 
 
-def scale_of(config: Mapping[str, Any]) -> str:
-    """The size of the trials, from the settings that were recorded."""
+def scale_of(experiment: Experiment, config: Mapping[str, Any]) -> str:
+    """The size of the trials: what the experiment says of it, or the settings that were recorded."""
+    if experiment.scale:
+        return f"Scale: {experiment.scale}, {config['scale']}"
     settings = config["settings"]
     size = f"{settings['problems_per_step']} x {settings['rollouts_per_problem']} rollouts a step"
     steps = f"{settings['num_steps']} steps"
@@ -124,11 +130,19 @@ def scale_of(config: Mapping[str, Any]) -> str:
     return f"Scale: {settings['model']}, `{settings['environment']}`, {steps}, {size}, {config['scale']}"
 
 
-def deviations_of(settings: type[Settings]) -> Iterator[str]:
-    """What is smaller here than in the paper, and what the paper leaves unsaid."""
-    for heading, items in (("Scaled down", settings.scaled), ("Unsaid in the paper", settings.unsaid)):
-        if items:
-            yield from (f"{heading}:", "", *(f"- {item}" for item in items), "")
+def deviations_of(settings: type[Settings], recipe: type[Settings] | None = None) -> Iterator[str]:
+    """What is smaller here than in the paper, and what the paper leaves unsaid; of an experiment's settings what they
+    have beside the `recipe`'s.
+    """
+    known = {*recipe.scaled, *recipe.unsaid} if recipe else set()
+    headings = (
+        ("Also scaled down here", "Also unsaid in the paper")
+        if recipe
+        else ("Scaled down", "Unsaid in the paper")
+    )
+    for heading, items in zip(headings, (settings.scaled, settings.unsaid), strict=True):
+        if own := [item for item in items if item not in known]:
+            yield from (f"{heading}:", "", *(f"- {item}" for item in own), "")
 
 
 def with_block(page: str, block: str) -> str | None:

@@ -45,15 +45,13 @@ def report_lines(
     *,
     has_curves: bool,
 ) -> list[str]:
-    seeds = sorted({result.seed for result in results})
-    same = "generated tokens" if experiment.budget == "generated_tokens" else "optimizer steps"
     lines = [
         f"# {config['recipe']}: {experiment.name}",
         "",
         experiment.question,
         "",
-        f"`{config['command']}`. {len(seeds)} paired seeds; within a seed all arms have the same start weights, "
-        f"problems and sampling counters, and equal {same}. Intervals are Student's over seeds, at 95%.",
+        f"`{config['command']}`. {seeds_text(results)} {what_is_equal(experiment, results)} Intervals are Student's "
+        "over seeds, at 95%.",
         "",
         "## Verdicts",
         "",
@@ -90,15 +88,44 @@ def report_lines(
     return [*lines, ""]
 
 
+def seeds_text(results: Sequence[Result]) -> str:
+    """How many seeds have a trial of every arm that was run at all, and how many have some."""
+    by_arm: dict[str, set[int]] = {}
+    for result in results:
+        by_arm.setdefault(result.arm, set()).add(result.seed)
+    every, paired = set().union(*by_arm.values()), set.intersection(*by_arm.values()) if by_arm else set()
+    text = f"{len(paired)} paired seed{'s' * (len(paired) != 1)}"
+    return f"{text}; {len(every)} have some of the arms." if len(every) > len(paired) else f"{text}."
+
+
+def what_is_equal(experiment: Experiment, results: Sequence[Result]) -> str:
+    """What the arms of a seed share; where the experiment says what its trials are, that."""
+    if experiment.scale:
+        return f"A trial: {experiment.scale}."
+    starts: dict[int, set[str]] = {}
+    for result in results:
+        starts.setdefault(result.seed, set()).add(result.start)
+    same_start = bool(starts) and all(len(own) == 1 and "" not in own for own in starts.values())
+    shared = "start weights, problem numbers" if same_start else "problem numbers"
+    spent = "generated tokens" if experiment.budget == "generated_tokens" else "steps"
+    return f"Within a seed all arms have the same {shared} and sampling counters, and those trained equal {spent}."
+
+
 def unread_lines(results: Sequence[Result]) -> list[str]:
-    """Which measures could not be read and why, once for all seeds of an arm."""
+    """Which measures could not be read, by arm and reason."""
     seeds: dict[tuple[str, str, str], list[int]] = {}
     for result in results:
         for name, why in result.unread.items():
-            seeds.setdefault((result.arm, name, why), []).append(result.seed)
+            reason = why.replace(
+                f"no {name!r}", "no such number"
+            )  # else each measure has a reason of its own
+            seeds.setdefault((result.arm, name, reason), []).append(result.seed)
+    names: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
+    for (arm, name, reason), own in seeds.items():
+        names.setdefault((arm, reason, tuple(own)), []).append(name)
     return [
-        f"- {arm}, seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}: {name}: {why}"
-        for (arm, name, why), own in seeds.items()
+        f"- {arm}, seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}: {', '.join(those)}: {reason}"
+        for (arm, reason, own), those in names.items()
     ]
 
 
