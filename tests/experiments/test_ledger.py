@@ -152,6 +152,13 @@ def test_a_section_links_to_its_report_from_either_page(tmp_path):
     assert len(pages) == 2
 
 
+def test_a_ledger_of_no_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: it is no folder"):
+        write_ledger(RECIPES, tmp_path / "nowhere", tmp_path / "docs")
+    assert not list(tmp_path.iterdir())
+    assert cli.main(["ledger", "--results", str(tmp_path / "nowhere"), "--docs", str(tmp_path / "docs")]) == 2
+
+
 def test_other_results_make_another_page_and_one_written_by_hand_is_found(tmp_path):
     place = put_results(tmp_path)
     page = tmp_path / "docs" / "recipes" / "tiny.md"

@@ -20,6 +20,7 @@ from whorl.experiments.report import (
     measure_table,
     number,
     seeds_text,
+    sources_text,
     unread_lines,
     what_is_equal,
 )
@@ -141,6 +142,15 @@ def test_what_arms_share_is_said_as_it_is():
     assert "equal generated tokens." in what_is_equal(by_tokens, RESULTS)
     counted = replace(SCRIPTED, scale="operations are counted")
     assert what_is_equal(counted, started) == "A trial: operations are counted."
+
+
+def test_the_source_is_said_by_arm_where_it_was_not_one():
+    one = [replace(result, code="aaa") for result in RESULTS]
+    assert sources_text(one) == "aaa"
+    assert (
+        sources_text([*one[:4], *(replace(r, code="bbb") for r in one[4:])])
+        == "aaa (better, plain), bbb (plain)"
+    )
 
 
 def test_seeds_are_paired_where_every_arm_has_them():

@@ -49,7 +49,6 @@ def comparisons_of(
             raise ValueError("--budget gpu needs a GPU that torch can use; there is none")
         numbers = tuple(range(one.num_seeds if seeds is None else seeds))
         command = f"whorl compare {recipe} --experiment {one.name}"
-        command += "" if len(numbers) == one.num_seeds else f" --seeds {len(numbers)}"
         command += "" if budget == "cpu" else " --budget gpu"
         found.append(Comparison(module, recipe, one, numbers, budget, out, wanted, command))
     return found
@@ -71,7 +70,7 @@ def carry_out(comparisons: Sequence[Comparison], jobs: int = 0, *, fresh: bool =
         for task in board.tasks:
             all_finished = all_finished and task.state == "finished"
             if task.state == "broken":
-                console.print(f"{task.arm}, seed {task.seed}: see {task.folder / 'log.txt'}", markup=False)
+                console.print(f"{task.arm}, seed {task.seed}: see {task.log}", markup=False)
         console.print(verdicts_of(experiment, judge(experiment, results)))
         print(f"report: {write_report(comparison.place, experiment, results)}")
     return 0 if all_finished else 1

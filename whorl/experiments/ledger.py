@@ -38,7 +38,14 @@ BEGIN, END = "<!-- written by `whorl ledger` -->", "<!-- end -->"
 
 
 def write_ledger(recipes: Recipes, results: Path, docs: Path) -> list[Path]:
-    """Write the pages that are not as they should be by now; returns all that belong to the ledger."""
+    """Write the pages that are not as they should be by now; returns all that belong to the ledger.
+
+    ValueError if there is no folder of results, of which every claim would be said to be not run.
+    """
+    if not results.is_dir():
+        raise ValueError(
+            f"there are no results in {results}: it is no folder; give --results the one that compare wrote"
+        )
     pages = pages_of(recipes, results, docs)
     for file, text in pages.items():
         file.parent.mkdir(parents=True, exist_ok=True)

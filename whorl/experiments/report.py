@@ -83,8 +83,7 @@ def report_lines(
     told = ", ".join(
         f"{name} {machine[name]}" for name in ("python", "torch", "whorl", "cpu") if machine.get(name)
     )
-    codes = sorted({result.code for result in results if result.code})
-    lines.append(f"Made with {told}; whorl's source {', '.join(codes)}.")
+    lines.append(f"Made with {told}; whorl's source {sources_text(results)}.")
     return [*lines, ""]
 
 
@@ -96,6 +95,17 @@ def seeds_text(results: Sequence[Result]) -> str:
     every, paired = set().union(*by_arm.values()), set.intersection(*by_arm.values()) if by_arm else set()
     text = f"{len(paired)} paired seed{'s' * (len(paired) != 1)}"
     return f"{text}; {len(every)} have some of the arms." if len(every) > len(paired) else f"{text}."
+
+
+def sources_text(results: Sequence[Result]) -> str:
+    """The hashes of whorl's source that trials were done with; by arm if there are several."""
+    arms: dict[str, dict[str, None]] = {}
+    for result in results:
+        if result.code:
+            arms.setdefault(result.code, {})[result.arm] = None
+    if len(arms) == 1:
+        return next(iter(arms))
+    return ", ".join(f"{code} ({', '.join(own)})" for code, own in arms.items())
 
 
 def what_is_equal(experiment: Experiment, results: Sequence[Result]) -> str:
