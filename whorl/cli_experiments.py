@@ -1,16 +1,19 @@
 """The command line of comparisons: whorl compare | ledger | diff. Signatures and docstrings are what tyro shows."""
 
+import ast
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import rich.console
 import tyro
 
 from whorl.experiments.command import carry_out, comparisons_of
-from whorl.experiments.differences import differences, table_of
+from whorl.experiments.differences import Side, differences, made_of_the_arm, surroundings, table_of
 from whorl.experiments.ledger import write_ledger
+from whorl.experiments.plan import Arm, Budget, Experiment, changed, named
 from whorl.recipes.catalog import experiments_of, recipes_with_experiments, settings_of
 
 
@@ -71,17 +74,86 @@ def diff(
     first: Annotated[str, tyro.conf.Positional],
     second: Annotated[str, tyro.conf.Positional],
     overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    budget: Literal["cpu", "gpu"] | None = None,
 ) -> int:
-    """What two recipes differ by: every setting, and every part of their algorithms. Exit code 1 if they differ.
+    """What two recipes differ by: every setting, and every part of their algorithms. Of arms also what is done with the
+    settings: role, start and trial. Exit code 1 if they differ.
 
     Args:
-        first: a recipe, one of its arms (recipe:arm), or an arm of a named experiment (recipe:experiment:arm).
-        second: likewise.
+        first: a recipe, an arm of the only experiment that has it (recipe:arm), or of a named experiment
+            (recipe:experiment:arm).
+        second: what it is compared with, named in the same ways.
         overrides: settings of the second, as name=value: optimizer.eps=1e-8.
+        budget: which settings of the arms' experiments; by default those for a CPU, or for a GPU if there are no
+            others.
     """
-    rows = differences(settings_of(first), settings_of(second, overrides))
+    sides = side_of(first, budget=budget), side_of(second, overrides, budget)
+    if budget is not None and not any(side.arm for side in sides):
+        raise ValueError(f"--budget chooses the settings of arms; neither {first} nor {second} names one")
+    rows, around = differences(sides[0].settings, sides[1].settings), surroundings(*sides)
     names = first, shlex.join([second, *overrides])
-    rich.console.Console().print(
-        table_of(rows, *names) if rows else f"{names[0]} and {names[1]} are the same"
-    )
-    return 1 if rows else 0
+    console = rich.console.Console()
+    if not rows and not around:
+        console.print(f"{names[0]} and {names[1]} are the same", markup=False)
+        return 0
+    console.print(table_of([*rows, *around], *names))
+    if not rows and sides[0].experiment is sides[1].experiment:
+        console.print(made_of_the_arm(*sides), markup=False)
+    return 1
+
+
+def side_of(place: str, overrides: Sequence[str] = (), budget: Budget | None = None) -> Side:
+    """A recipe, or one of its arms (`recipe:arm` where one experiment has it, else `recipe:experiment:arm`), with
+    overrides `name=value`.
+
+    An arm has the settings of the budget; None: a CPU's, or a GPU's where the experiment has no others. ValueError
+    that names the nearest for what there is not.
+    """
+    name, *rest = place.split(":")
+    if not rest:
+        return Side(settings_of(name, overrides))
+    if len(rest) > 2:
+        raise ValueError(f"expected recipe, recipe:arm or recipe:experiment:arm; got {place!r}")
+    experiment, arm = _arm_named(name, rest)
+    chosen: Budget = budget or next(iter(experiment.budgets))
+    experiment.settings(chosen, arm, 0)  # refuses a budget that the experiment has not
+    settings = changed(experiment.budgets[chosen], arm.changes)
+    return Side(changed(settings, _changes_of(overrides)), arm, experiment, chosen)
+
+
+def _changes_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """`optimizer.eps=1e-8` as a change; what is no Python literal is text."""
+    changes = {}
+    for override in overrides:
+        setting, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"expected name=value, such as optimizer.eps=1e-8; got {override!r}")
+        try:
+            changes[setting.strip()] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            changes[setting.strip()] = text.strip()
+    return changes
+
+
+def _arm_named(recipe: str, rest: Sequence[str]) -> tuple[Experiment, Arm]:
+    """The arm that `[arm]` or `[experiment, arm]` means."""
+    experiments = experiments_of(recipe)
+    if len(rest) == 2:
+        experiment = named(rest[0], experiments, f"experiment of {recipe}")
+        return experiment, experiment.arm(rest[1])
+    (name,) = rest
+    having = [one for one in experiments if name in {arm.name for arm in one.arms}]
+    if len(having) > 1:
+        ways = ", ".join(f"{recipe}:{one.name}:{name}" for one in having)
+        raise ValueError(f"{len(having)} experiments of {recipe} have an arm {name}; say which: {ways}")
+    if having:
+        return having[0], having[0].arm(name)
+    for one in experiments:
+        if one.name == name:
+            arms = ", ".join(arm.name for arm in one.arms)
+            raise ValueError(
+                f"{name} is an experiment of {recipe}; name one of its arms, as {recipe}:{name}:ARM. There are {arms}"
+            )
+    arms = {arm.name: arm for one in experiments for arm in one.arms}
+    named(name, arms.values(), f"arm of {recipe}")
+    raise AssertionError("an arm that some experiment has was found before")

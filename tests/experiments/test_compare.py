@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.experiments.tiny_recipe import BASE, EXPERIMENTS
+from tests.support import Tiny
+from whorl.environments.catalog import make
 from whorl.experiments.command import carry_out, comparisons_of
 from whorl.experiments.compare import Comparison, current, read_results, run_comparison
 from whorl.experiments.judge import judge
 from whorl.experiments.plan import Arm
-from whorl.experiments.starts import make_start, read_start, start_key, start_settings
+from whorl.experiments.starts import contents_of, files_of, make_start, read_start, start_key, start_settings
 from whorl.experiments.worker import work
 from whorl.run import open_run
 
@@ -81,7 +84,7 @@ def test_arms_that_stop_or_break_are_data_and_the_others_are_judged(tmp_path, ca
     assert verdicts[:3] == ["reproduced", "reproduced", "reproduced"]
     assert verdicts[3:] == ["not testable here"] * 3
     report = (whole.place / "report.md").read_text()
-    assert "+0.100 [0.100, 0.100]" in report and "stops, seed 0: there was nothing to learn" in report
+    assert "+0.100, 2 pairs" in report and "stops, seed 0: there was nothing to learn" in report
     assert (whole.place / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert sum(file.stat().st_size for file in whole.place.iterdir()) < 200_000
     assert str(tmp_path) not in "".join(f.read_text() for f in whole.place.glob("*.json"))
@@ -307,7 +310,87 @@ def test_all_experiments_or_one_are_chosen_by_name(tmp_path):
         comparisons_of("t", MODULE, (only_gpu,), experiment=None, **plain)
     plain |= {"seeds": 1, "arms": "cispo"}
     (part,) = comparisons_of("t", MODULE, EXPERIMENTS, experiment="losses", **plain)
-    assert part.command == "whorl compare t --experiment losses --seeds 1" and len(part.arms) == 1
+    assert (
+        part.command == "whorl compare t --experiment losses" and len(part.arms) == 1 and part.seeds == (0,)
+    )
+
+
+def test_what_a_broken_start_said_is_found_in_its_own_log(tmp_path, monkeypatch, capsys):
+    class Killed(Here):
+        def __init__(self, folder: Path, gpu: str | None = None):
+            self.stdin, self.returncode = io.BytesIO(), -signal.SIGKILL
+            (folder / "log.txt").write_text("it began")
+
+    monkeypatch.setattr("whorl.experiments.compare.start_process", Killed)
+    whole = comparison(LOSSES, tmp_path, 1, ("grpo",))
+    assert carry_out([whole], jobs=1) == 1
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "its start: its process was ended by SIGKILL" in said
+    (log,) = re.findall(r"grpo, seed 0: see (\S+log.txt)", said)
+    assert Path(log).read_text() == "it began" and ".starts" in log
+
+
+def test_a_damaged_file_of_results_is_named(tmp_path):
+    for damage in ("[{", '[{"arm": "a"}]', '[{"values": {}, "at_least": [], "what": 1}]'):
+        (tmp_path / "trials.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"trials.json is damaged"):
+            read_results(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_not_said_to_be_a_run(tmp_path, monkeypatch, in_this_process):
+    whole = comparison(SCRIPTED, tmp_path, 1, ("better",))
+    run_comparison(replace(whole, arms=whole.experiment.arms[1:2]), 1, quiet)
+
+    def fail(*paths: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("whorl.reporting.run_directory.os.replace", fail)
+    with pytest.raises(OSError, match=r"could not write in .*scripted.*give the same command again"):
+        run_comparison(whole, 1, quiet)
+
+
+def described(whole: Comparison, name: str = "config.json") -> dict:
+    return json.loads((whole.place / name).read_text())
+
+
+def test_what_is_noted_of_a_comparison_is_of_all_that_is_kept(tmp_path, in_this_process):
+    """Then three seeds, then one arm at one seed: the command and the seeds are those of the three."""
+    whole = comparison(SCRIPTED, tmp_path, 3, ("better", "plain"))
+    run_comparison(replace(whole, seeds=(0,)), 1, quiet)
+    assert described(whole)["seeds"] == [0] and described(whole)["command"] == "whorl compare tiny --seeds 1"
+    run_comparison(whole, 1, quiet)
+    first = described(whole)
+    assert first["seeds"] == [0, 1, 2] and first["command"] == "whorl compare tiny"
+    (whole.place / "machine.json").write_text('{"python": "of another machine"}')
+    run_comparison(replace(whole, seeds=(0,), arms=whole.arms[:1]), 1, quiet)
+    assert described(whole) == first
+    assert described(whole, "machine.json") == {"python": "of another machine"}  # no trial was run
+    run_comparison(replace(whole, seeds=(0, 1, 2, 3), arms=whole.arms[:1]), 1, quiet)
+    assert described(whole)["command"] == "whorl compare tiny --seeds 4"
+    assert described(whole, "machine.json")["python"] != "of another machine"
+
+
+@pytest.mark.parametrize("spec", ["data:{file}", "reflect_retry:chain_arithmetic,failures={failures}"])
+def test_a_file_of_problems_is_known_by_all_that_is_in_it(spec, tmp_path):
+    file, failures = tmp_path / "problems.jsonl", tmp_path / "failures.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n}?", "answer": str(n)}) + "\n" for n in range(200)))
+    row = {"index": 0, "attempt": "0"}
+    failures.write_text("".join(json.dumps(row) + "\n" for _ in range(40)))
+    settings = replace(Tiny(), environment=spec.format(file=file, failures=failures))
+    assert len(files_of(make(settings.environment))) == 1
+    before = contents_of(settings)
+    assert contents_of(settings) == before
+    changed_file = file if "data:" in spec else failures
+    lines = changed_file.read_text().splitlines()
+    last = lines[-1].replace('"199"', '"198"').replace('"attempt": "0"', '"attempt": "1"')
+    changed_file.write_text("\n".join([*lines[:-1], last]) + "\n")
+    assert last != lines[-1]
+    assert contents_of(settings) != before
+
+
+def test_generated_problems_are_read_from_no_file():
+    for spec in ("chain_arithmetic", "reflect_retry:chain_arithmetic", "next_token", "countdown"):
+        assert files_of(make(spec)) == []
 
 
 def test_processes_are_shared_out_evenly_among_the_gpus(tmp_path, monkeypatch, in_this_process):

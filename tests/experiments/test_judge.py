@@ -1,6 +1,7 @@
 """Verdicts on made-up trials whose truth is known."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,12 +17,12 @@ SCRIPTED = EXPERIMENTS[0]
 STEPS = SCRIPTED.measure("steps")
 
 
-def results(method: list[float], baseline: list[float], measure: str = "accuracy") -> list[Result]:
+def results(method: Sequence[float], baseline: Sequence[float], measure: str = "accuracy") -> list[Result]:
     rows = [("better", method), ("plain", baseline)]
     return [Result(arm, seed, "k", values={measure: v}) for arm, vs in rows for seed, v in enumerate(vs)]
 
 
-def verdict(claim: Claim, method: list[float], baseline: list[float]) -> str:
+def verdict(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> str:
     return judge_claim(SCRIPTED, claim, results(method, baseline, claim.measure)).verdict
 
 
@@ -32,7 +33,7 @@ def test_a_worked_example_of_three_pairs():
     # Differences 0.1, 0.2, 0.3: mean 0.2, sample std 0.1, t(2) = 4.3027: 0.2 +- 4.3027 * 0.1 / sqrt(3) = 0.2484
     judged = judge_claim(SCRIPTED, HIGHER, results([0.6, 0.8, 1.0], [0.5, 0.6, 0.7]))
     assert judged.ours == pytest.approx((0.2, 0.2 - 0.24842, 0.2 + 0.24842), abs=1e-4)
-    assert judged.verdict == "tied" and judged.num_pairs == 3
+    assert judged.verdict == "undecided" and judged.num_pairs == 3
     # A fourth and fifth pair of the same mean: s stays 0.1 / sqrt(2), t(4) = 2.7764: half width 0.0878
     judged = judge_claim(SCRIPTED, HIGHER, results([0.6, 0.8, 1.0, 0.8, 0.8], [0.5, 0.6, 0.7, 0.6, 0.6]))
     assert judged.ours == pytest.approx((0.2, 0.2 - 0.0878, 0.2 + 0.0878), abs=1e-4)
@@ -45,13 +46,18 @@ def test_a_worked_example_of_three_pairs():
         ((0.01, 0.2), "higher", 0.0, "reproduced"),
         ((0.01, 0.2), "higher", 0.1, "reproduced"),
         ((0.01, 0.05), "higher", 0.1, "tied"),  # there, but too small to matter
-        ((-0.01, 0.2), "higher", 0.0, "tied"),
+        ((-0.01, 0.2), "higher", 0.0, "undecided"),
+        ((-0.01, 0.2), "higher", 0.1, "undecided"),
+        ((-0.09, 0.09), "higher", 0.1, "tied"),  # what would matter is excluded on both sides
+        ((-0.09, 0.09), "lower", 0.1, "tied"),
+        ((-0.3, 0.09), "higher", 0.1, "undecided"),  # not better by the margin, but perhaps worse by it
+        ((-1e-9, 1e-9), "higher", 0.0, "undecided"),  # without a margin every difference matters
         ((-0.2, -0.01), "higher", 0.0, "contradicted"),
         ((-0.05, -0.01), "higher", 0.1, "tied"),
         ((-0.2, -0.01), "lower", 0.0, "reproduced"),
         ((0.01, 0.2), "lower", 0.0, "contradicted"),
         ((-0.04, 0.05), "equal", 0.05, "reproduced"),
-        ((-0.04, 0.06), "equal", 0.05, "tied"),
+        ((-0.04, 0.06), "equal", 0.05, "undecided"),
         ((0.06, 0.2), "equal", 0.05, "contradicted"),
         ((0.01, 0.04), "equal", 0.05, "reproduced"),  # there, and too small to matter
         ((0.0, 0.0), "higher", 0.0, "tied"),
@@ -69,7 +75,7 @@ def rates(
     rng = np.random.default_rng(0)
     differences = draw(rng, (num_experiments, 5))
     measure = Measure("m", "", last("m"))
-    counts = dict.fromkeys(("reproduced", "tied", "contradicted"), 0.0)
+    counts: dict[str, float] = dict.fromkeys(("reproduced", "tied", "undecided", "contradicted"), 0.0)
     for row in differences:
         compared = compare(measure, [(float(d), 0.0) for d in row])
         counts[decide(compared, expects, margin)[0]] += 1 / num_experiments
@@ -80,6 +86,9 @@ def test_where_nothing_differs_few_claims_are_called_reproduced():
     found = rates(lambda rng, shape: rng.normal(0, 0.05, shape), "higher", 0.0)
     assert found["reproduced"] == pytest.approx(0.025, abs=0.01)
     assert found["contradicted"] == pytest.approx(0.025, abs=0.01)
+    assert found["undecided"] == pytest.approx(0.95, abs=0.015) and not found["tied"]
+    # With a margin of ten standard deviations of the mean the same seeds exclude what would matter.
+    assert rates(lambda rng, shape: rng.normal(0, 0.05, shape), "higher", 0.224)["tied"] > 0.9
     # Accuracies of 64 problems, in steps of 1/64, as a run of our size gives them.
     noise = lambda rng, shape: (rng.binomial(64, 0.8, shape) - rng.binomial(64, 0.8, shape)) / 64  # noqa: E731
     assert rates(noise, "higher", 0.0)["reproduced"] <= 0.04
@@ -130,11 +139,48 @@ def test_a_threshold_that_the_baseline_never_reached_speaks_for_the_method_and_n
     soon, never = [50.0, 52.0, 54.0], [AtLeast(100), AtLeast(100), AtLeast(100)]
     assert verdict(claim, soon, never) == "reproduced"
     # The method has at least 100 steps: it might have any number more, so it cannot be called sooner or equal.
-    assert verdict(claim, never, [200.0, 210.0, 190.0]) == "tied"
+    assert verdict(claim, never, [200.0, 210.0, 190.0]) == "undecided"
     assert verdict(claim, [200.0, 210.0, 190.0], [100.0, 101.0, 99.0]) == "contradicted"
     assert verdict(claim, never, soon) == "contradicted"
-    assert verdict(claim, never, never) == "tied"
-    assert verdict(replace(claim, expects="equal", margin=1.2), never, [100.0, 101.0, 99.0]) == "tied"
+    equal = replace(claim, expects="equal", margin=1.2)
+    assert verdict(equal, never, [100.0, 101.0, 99.0]) == "undecided"
+    for one in (claim, equal):
+        judged = judge_claim(SCRIPTED, one, results(never, never, "steps"))
+        assert (judged.verdict, judged.why) == ("undecided", "no run of either arm reached the threshold")
+    open_sides = judge_claim(SCRIPTED, claim, results(soon, never, "steps"))
+    assert (open_sides.method_open, open_sides.baseline_open) == (False, True)
+    assert "no run" not in judge_claim(SCRIPTED, claim, results(soon, never, "steps")).why
+
+
+@pytest.mark.parametrize(
+    ("claim", "expected"),
+    [
+        (HIGHER, "tied"),
+        (replace(HIGHER, margin=0.1), "tied"),
+        (replace(HIGHER, expects="equal", margin=0.1), "reproduced"),
+    ],
+)
+def test_pairs_that_are_exactly_equal_are_said_to_be(claim, expected):
+    same = judge_claim(SCRIPTED, claim, results([0.3, 0.7], [0.3, 0.7]))
+    assert (same.verdict, same.why) == (expected, "all pairs are exactly equal")
+    nearly = judge_claim(SCRIPTED, claim, results([0.3, 0.7], [0.3, 0.70001]))
+    assert nearly.why != same.why
+
+
+def test_a_trial_that_failed_where_the_other_arm_has_none_leaves_no_verdict_either():
+    fine = results([0.9, 0.91, 0.92], [0.5, 0.51, 0.52])
+    assert judge_claim(SCRIPTED, HIGHER, fine).verdict == "reproduced"
+    for arm in ("better", "plain"):
+        judged = judge_claim(SCRIPTED, HIGHER, [*fine, Result(arm, 3, "k", reason="weights not finite")])
+        assert (
+            judged.verdict == "not testable here"
+            and f"{arm} at seed 3 has no accuracy: weights" in judged.why
+        )
+    unread = Result("plain", 3, "k", unread={"accuracy": "no row has it"})
+    assert "no row has it" in judge_claim(SCRIPTED, HIGHER, [*fine, unread]).why
+    # A seed that one arm alone has, in order, is no pair and stands in no verdict's way.
+    alone = judge_claim(SCRIPTED, HIGHER, [*fine, Result("better", 3, "k", values={"accuracy": 0.0})])
+    assert (alone.verdict, alone.num_pairs) == ("reproduced", 3)
 
 
 def test_a_failed_trial_leaves_no_verdict_and_a_missing_arm_is_said_to_be_missing():
@@ -156,7 +202,7 @@ def test_seeds_are_paired_and_not_averaged_first():
         verdict(HIGHER, [level + 0.02 + 0.001 * i for i, level in enumerate(levels)], levels) == "reproduced"
     )
     shuffled = [levels[i] for i in (1, 2, 3, 4, 0)]
-    assert verdict(HIGHER, [level + 0.02 for level in levels], shuffled) == "tied"
+    assert verdict(HIGHER, [level + 0.02 for level in levels], shuffled) == "undecided"
 
 
 def test_the_interquartile_mean_comes_with_ten_seeds():

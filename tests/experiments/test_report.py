@@ -7,12 +7,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.experiments.tiny_recipe import EXPERIMENTS
+from tests.experiments.tiny_recipe import BASE, EXPERIMENTS
+from whorl.evaluation.statistics import Estimate
 from whorl.experiments.curves import COLOURS, draw_curves, mean_curve
 from whorl.experiments.judge import Result
 from whorl.experiments.plan import Arm
 from whorl.experiments.readings import AtLeast
-from whorl.experiments.report import cost_table, difference_table, measure_table, number, unread_lines
+from whorl.experiments.report import (
+    cost_table,
+    difference_table,
+    estimate_text,
+    measure_table,
+    number,
+    seeds_text,
+    sources_text,
+    unread_lines,
+    what_is_equal,
+)
 
 SCRIPTED = EXPERIMENTS[0]
 
@@ -91,20 +102,60 @@ def test_a_picture_is_drawn_if_there_is_a_curve():
         (0.00012, "1.2e-04"),
         (0.0, "0.000"),
         (float("inf"), "∞"),
+        (6_906_145_008_517_120.0, "6.91e15"),
+        (-1.5e7, "-1.50e7"),
+        (9_999_999.0, "9,999,999"),
     ],
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
 
 
+def test_a_number_that_all_seeds_share_has_no_interval():
+    counted = 6_906_145_008_517_120.0
+    assert estimate_text(Estimate(counted, counted, counted)) == "6.91e15"
+    assert estimate_text(Estimate(0.1, 0.1 - 1e-17, 0.1 + 1e-17)) == "0.100"  # the same up to rounding
+    assert estimate_text(Estimate(0.0, 0.0, 0.0)) == "0.000"
+    assert estimate_text(Estimate(0.1, 0.0999, 0.1001)) == "0.100 [0.100, 0.100]"
+
+
 def test_what_has_no_number_is_said_once_for_all_seeds_of_an_arm():
-    unread = [Result("plain", seed, "k", unread={"steps": "no row has it"}) for seed in range(2)] + [
+    gives = {name: f"the trial gives no {name!r}; it gives b" for name in ("x", "y")}
+    unread = [Result("plain", seed, "k", unread={"steps": "no row has it", **gives}) for seed in range(2)] + [
         Result("better", 0, "k", unread={"steps": "another reason"})
     ]
     assert unread_lines(unread) == [
         "- plain, seeds 0, 1: steps: no row has it",
+        "- plain, seeds 0, 1: x, y: the trial gives no such number; it gives b",
         "- better, seed 0: steps: another reason",
     ]
+
+
+def test_what_arms_share_is_said_as_it_is():
+    started = [replace(one, start=f"s{one.seed}") for one in RESULTS]
+    assert "the same start weights, problem numbers and" in what_is_equal(SCRIPTED, started)
+    assert "equal steps." in what_is_equal(SCRIPTED, started)
+    assert "start" not in what_is_equal(SCRIPTED, RESULTS)
+    one_of_its_own = [*started[:-1], replace(started[-1], start="other")]
+    assert "start" not in what_is_equal(SCRIPTED, one_of_its_own)
+    by_tokens = replace(SCRIPTED, budget="generated_tokens", cpu=replace(BASE, num_generated_tokens=1))
+    assert "equal generated tokens." in what_is_equal(by_tokens, RESULTS)
+    counted = replace(SCRIPTED, scale="operations are counted")
+    assert what_is_equal(counted, started) == "A trial: operations are counted."
+
+
+def test_the_source_is_said_by_arm_where_it_was_not_one():
+    one = [replace(result, code="aaa") for result in RESULTS]
+    assert sources_text(one) == "aaa"
+    assert (
+        sources_text([*one[:4], *(replace(r, code="bbb") for r in one[4:])])
+        == "aaa (better, plain), bbb (plain)"
+    )
+
+
+def test_seeds_are_paired_where_every_arm_has_them():
+    assert seeds_text(RESULTS) == "3 paired seeds."
+    assert seeds_text(RESULTS[1:]) == "2 paired seeds; 3 have some of the arms."
 
 
 def test_every_arm_keeps_its_colour_in_the_picture():

@@ -12,7 +12,7 @@ from rich.table import Table
 from whorl.experiments.compare import Comparison, run_comparison, visible_gpus
 from whorl.experiments.judge import Judged, judge
 from whorl.experiments.plan import Budget, Experiment, named
-from whorl.experiments.report import comparison_text, write_report
+from whorl.experiments.report import found_text, write_report
 from whorl.experiments.watch import Board
 
 
@@ -49,7 +49,6 @@ def comparisons_of(
             raise ValueError("--budget gpu needs a GPU that torch can use; there is none")
         numbers = tuple(range(one.num_seeds if seeds is None else seeds))
         command = f"whorl compare {recipe} --experiment {one.name}"
-        command += "" if len(numbers) == one.num_seeds else f" --seeds {len(numbers)}"
         command += "" if budget == "cpu" else " --budget gpu"
         found.append(Comparison(module, recipe, one, numbers, budget, out, wanted, command))
     return found
@@ -71,7 +70,7 @@ def carry_out(comparisons: Sequence[Comparison], jobs: int = 0, *, fresh: bool =
         for task in board.tasks:
             all_finished = all_finished and task.state == "finished"
             if task.state == "broken":
-                console.print(f"{task.arm}, seed {task.seed}: see {task.folder / 'log.txt'}", markup=False)
+                console.print(f"{task.arm}, seed {task.seed}: see {task.log}", markup=False)
         console.print(verdicts_of(experiment, judge(experiment, results)))
         print(f"report: {write_report(comparison.place, experiment, results)}")
     return 0 if all_finished else 1
@@ -80,10 +79,7 @@ def carry_out(comparisons: Sequence[Comparison], jobs: int = 0, *, fresh: bool =
 def verdicts_of(experiment: Experiment, judged: Sequence[Judged]) -> Table:
     """The claims with what was found, for a terminal."""
     shown = Table("claim", "theirs", "ours", "verdict", title=experiment.name, title_justify="left")
-    for claim, verdict, ours, num_pairs, why in judged:
-        found = ""
-        if ours is not None:
-            found = f"{comparison_text(experiment.measure(claim.measure), ours)}, {num_pairs} pairs"
-        cells = (claim.text, claim.theirs, found, f"{verdict}: {why}")
+    for one in judged:
+        cells = (one.claim.text, one.claim.theirs, found_text(experiment, one), f"{one.verdict}: {one.why}")
         shown.add_row(*(rich.markup.escape(cell) for cell in cells))
     return shown

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +59,11 @@ class Task:
     gpu: str | None = None
     """As CUDA_VISIBLE_DEVICES names it; None: its process sees what this one sees."""
     process: subprocess.Popen | None = field(default=None, repr=False)
+    log: Path = field(init=False)
+    """What its process said; that of its start's, where that is what broke."""
+
+    def __post_init__(self) -> None:
+        self.log = self.folder / "log.txt"
 
     @property
     def progress(self) -> tuple[int, int, str]:
@@ -82,6 +87,7 @@ class Comparison:
     out: Path
     arms: tuple[Arm, ...]
     command: str = ""
+    """That makes all arms at the experiment's number of seeds; where there are more or fewer, that is added."""
 
     @property
     def place(self) -> Path:
@@ -134,8 +140,9 @@ def run_comparison(comparison: Comparison, jobs: int, show: Show, *, fresh: bool
         folder.mkdir(parents=True, exist_ok=True)
     held = lock(comparison.working)
     done = _done_before(comparison, trials, fresh=fresh)
-    _carry_out(comparison, _starts_of(trials), jobs, show, lambda task: None)
-    _write_description(comparison)
+    starts = _starts_of(trials)
+    _carry_out(comparison, starts, jobs, show, lambda task: None)
+    _write_description(comparison, done.values())
 
     def keep(task: Task) -> None:
         """A result that its process left, or why there is none."""
@@ -147,12 +154,20 @@ def run_comparison(comparison: Comparison, jobs: int, show: Show, *, fresh: bool
         else:
             done[at] = read_result(task.folder)
         write_results(comparison.place, comparison.experiment, done.values())
+        _write_description(comparison, done.values())
+        if task.process is not None:
+            write_json(comparison.place / "machine.json", describe_machine() | {"code": code_digest()})
 
     for task in [task for task in trials if task.start and task.state == "waiting"]:
         assert task.start is not None
         found = read_start(task.start / "start")
         if found is None:
-            task.state, task.note = "broken", "the process that made its start ended with an error"
+            made = next((start for start in starts if start.folder == task.start), None)
+            task.state, task.note = (
+                "broken",
+                f"its start: {made.note if made else 'its process ended without a result'}",
+            )
+            task.log = task.start / "log.txt"
         elif found.reason:
             task.state, task.note = "failed", f"its start did not pass its gate: {found.reason}"
         if task.state != "waiting":
@@ -264,7 +279,6 @@ def _conclude(task: Task) -> None:
     assert task.process is not None and task.process.stdin is not None
     task.process.stdin.close()
     status = task.process.returncode
-    log = task.folder / "log.txt"
     if task.kind == "start" and status == 0 and (start := read_start(task.folder / "start")):
         task.state, task.note = (
             ("failed", start.reason) if start.reason else ("finished", f"{start.accuracy:.3f}")
@@ -274,7 +288,7 @@ def _conclude(task: Task) -> None:
     elif status < 0:
         task.state, task.note = "broken", f"its process was ended by {signal.Signals(-status).name}"
     else:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
+        lines = task.log.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
         task.state, task.note = "broken", lines[-1]
 
 
@@ -285,7 +299,15 @@ def read_result(folder: Path) -> Result:
 def read_results(place: Path) -> list[Result]:
     """The results that are kept in a folder; none if there are none."""
     file = place / "trials.json"
-    return [Result.from_dict(row) for row in json.loads(file.read_text())] if file.is_file() else []
+    if not file.is_file():
+        return []
+    try:
+        return [Result.from_dict(row) for row in json.loads(file.read_text())]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Restore it, or delete it: trials whose folders are still there are then "
+            "kept again, the others done again"
+        ) from error
 
 
 def write_results(place: Path, experiment: Experiment, results: Sequence[Result] | Any) -> None:
@@ -314,30 +336,34 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _write_description(comparison: Comparison) -> None:
-    """config.json and machine.json: what was asked for, and on what."""
+def _write_description(comparison: Comparison, results: Iterable[Result]) -> None:
+    """config.json: the settings, the seeds of what is kept, and the command that makes all of it."""
     experiment = comparison.experiment
+    kept = sorted({result.seed for result in results})
+    num_seeds = max(len(comparison.seeds), *(seed + 1 for seed in kept), 0)
     base = experiment.settings(comparison.budget, Arm("", "start"), 0).to_dict()
     del base["seed"]
     config = {
         "recipe": comparison.recipe,
         "experiment": experiment.name,
         "question": experiment.question,
-        "command": comparison.command,
+        "command": comparison.command
+        + (f" --seeds {num_seeds}" if num_seeds != experiment.num_seeds else ""),
         "scale": comparison.budget,
         "budget": experiment.budget,
         "settings": base,
         "start": dict(experiment.start_changes(comparison.budget)),
         "arms": {arm.name: {"role": arm.role, "changes": dict(arm.changes)} for arm in experiment.arms},
-        "seeds": list(comparison.seeds),
+        "seeds": kept,
         "starts": starts_of(comparison),
     }
-    for name, content in (
-        ("config.json", config),
-        ("machine.json", describe_machine() | {"code": code_digest()}),
-    ):
-        text = json.dumps(content, indent=1, default=str, ensure_ascii=False) + "\n"
-        write_atomically(comparison.place / name, text.encode())
+    write_json(comparison.place / "config.json", config)
+    if not (comparison.place / "machine.json").is_file():
+        write_json(comparison.place / "machine.json", describe_machine() | {"code": code_digest()})
+
+
+def write_json(file: Path, content: Any) -> None:
+    write_atomically(file, (json.dumps(content, indent=1, default=str, ensure_ascii=False) + "\n").encode())
 
 
 def starts_of(comparison: Comparison) -> dict[str, Any]:

@@ -1,14 +1,40 @@
 """`whorl diff`: exactly what two recipes, or two arms, differ by."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import rich.markup
 from rich.table import Table
 
 from whorl.algorithms.algorithm import Algorithm, name_of, settings_of
+from whorl.experiments.plan import Arm, Budget, Experiment
+from whorl.experiments.trials import train_run
 from whorl.reporting.report import flatten
 from whorl.settings import AnySettings, Settings
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: settings, and the arm of an experiment that they are of, if they are one's."""
+
+    settings: AnySettings
+    arm: Arm | None = None
+    experiment: Experiment | None = None
+    budget: Budget = "cpu"
+
+    @property
+    def surroundings(self) -> dict[str, str]:
+        """What is done with the settings: the arm's name and role, its note, changes for its start, its trial."""
+        if self.arm is None or self.experiment is None:
+            return {}
+        found = {"arm": self.arm.name, "role": self.arm.role, "note": self.arm.note or "-"}
+        start = self.experiment.start_changes(self.budget)
+        found |= {f"start: {name}": str(value) for name, value in start.items()}
+        trial = self.experiment.trial
+        if trial is not train_run:
+            found["trial"] = f"{trial.__module__}.{trial.__qualname__}"
+        return found
 
 
 class Difference(NamedTuple):
@@ -26,6 +52,18 @@ def differences(first: AnySettings, second: AnySettings) -> list[Difference]:
         rows = (first.resolve_algorithm(), second.resolve_algorithm())
         found += _differing(*(parts_of(row) for row in rows))
     return found
+
+
+def surroundings(first: Side, second: Side) -> list[Difference]:
+    """What differs in what is done with the settings. Two arms of one experiment differ in their names at least."""
+    return _differing(first.surroundings, second.surroundings)
+
+
+def made_of_the_arm(first: Side, second: Side) -> str:
+    """The sentence on two arms of one experiment that have the same settings."""
+    assert first.arm is not None and second.arm is not None
+    notes = (f"{arm.name}: {arm.note or f'a {arm.role}'}" for arm in (first.arm, second.arm))
+    return f"the same settings; they differ by what the trial makes of the arm: {' | '.join(notes)}"
 
 
 def parts_of(algorithm: Algorithm) -> dict[str, str]:
@@ -61,7 +99,7 @@ def _differing(first: dict[str, str], second: dict[str, str]) -> list[Difference
 
 def table_of(rows: Sequence[Difference], first: str, second: str) -> Table:
     """The differences for a terminal."""
-    table = Table(title=f"{len(rows)} differences", title_justify="left")
+    table = Table(title=f"{len(rows)} difference{'s' * (len(rows) != 1)}", title_justify="left")
     for heading in ("", first, second):
         table.add_column(rich.markup.escape(heading), overflow="fold")
     for row in rows:

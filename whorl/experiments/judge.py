@@ -3,18 +3,19 @@
 Pairs share their seed. With the difference d = method - baseline of each pair (log(method / baseline) where a measure
 compares by ratio), Student's 95% interval of its mean, and m the claim's margin:
 
-    expects      reproduced                        contradicted               tied
-    higher       low > 0 and high >= m             high < 0 and low <= -m     else
+    expects      reproduced                        contradicted               tied                       undecided
+    higher       low > 0 and high >= m             high < 0 and low <= -m     -m < low and high < m      else
     lower        the same with the signs turned
-    equal        -m <= low and high <= m           low > m or high < -m       else
+    equal        -m <= low and high <= m           low > m or high < -m       never                      else
 
-so a difference that is there but too small to matter ties, and if there is none in truth a claim of "higher" is
-called reproduced in 2.5 of 100 experiments (5 of 100 are called something else than tied). Nothing corrects for
-the number of claims of a paper.
+so a tie is a finding: a difference that would matter is excluded, though a smaller one may be there. A claim without a
+margin (m = 0) ties only where all pairs are exactly equal. Undecided says of these seeds that they cannot tell. If
+there is no difference in truth a claim of "higher" is called reproduced in at most 2.5 of 100 experiments and
+contradicted in as many. Nothing corrects for the number of claims of a paper.
 
-A trial that failed is no pair: where one is missing there is no verdict, since seeds that fail are not a random
-choice of seeds. A run that never reached a threshold (`AtLeast`) counts with its whole budget, and the interval of the
-comparison is open on the side on which the true value lies.
+A trial that failed is no pair: if either arm has one at any seed there is no verdict, since seeds that fail are not a
+random choice of seeds. A run that never reached a threshold (`AtLeast`) counts with its whole budget, so the interval
+is that of steps capped at the budget. It is taken as open on the side on which the true value lies.
 """
 
 import math
@@ -71,13 +72,18 @@ class Result:
 
 
 class Judged(NamedTuple):
-    """A claim with its verdict; `ours` is the difference or ratio that it rests on, if there is one."""
+    """A claim with its verdict; `ours` is the difference or ratio that it rests on, if there is one.
+
+    `method_open`, `baseline_open`: some of the arm's values are only known from below.
+    """
 
     claim: Claim
     verdict: Verdict
     ours: Estimate | None
     num_pairs: int
     why: str
+    method_open: bool = False
+    baseline_open: bool = False
 
 
 def judge(experiment: Experiment, results: Sequence[Result]) -> list[Judged]:
@@ -90,8 +96,13 @@ def judge_claim(experiment: Experiment, claim: Claim, results: Sequence[Result])
         return Judged(claim, "not testable here", None, 0, claim.untestable)
     measure = experiment.measure(claim.measure)
     sides = [results_of(results, name) for name in (claim.method, claim.baseline)]
-    seeds = sorted(sides[0].keys() & sides[1].keys())
-    for result in (side[seed] for seed in seeds for side in sides):
+    seeds = paired_seeds(*sides)
+    if not all(sides):
+        return Judged(claim, "not run", None, 0, "no seed has both arms")
+    # Also where the other arm has no trial: a pair that would be left out for a failure is no random choice.
+    for result in (
+        side[seed] for seed in sorted(sides[0].keys() | sides[1].keys()) for side in sides if seed in side
+    ):
         problem = result.reason or result.unread.get(measure.name, "")
         if problem or measure.name not in result.values:
             why = f"{result.arm} at seed {result.seed} has no {measure.name}: {problem or 'it was not measured'}"
@@ -105,8 +116,16 @@ def judge_claim(experiment: Experiment, claim: Claim, results: Sequence[Result])
         compared = compare_pairs(measure, pairs)
     except ValueError as error:
         return Judged(claim, "not testable here", None, len(seeds), str(error))
-    verdict, why = decide(compared, claim.expects, log_margin(claim, measure), *known_from_below(pairs))
-    return Judged(claim, verdict, shown(measure, compared), len(seeds), why)
+    is_open = known_from_below(pairs)
+    verdict, why = decide(compared, claim.expects, log_margin(claim, measure), *is_open)
+    if all(isinstance(value, AtLeast) for pair in pairs for value in pair):
+        why = "no run of either arm reached the threshold"
+    return Judged(claim, verdict, shown(measure, compared), len(seeds), why, *is_open)
+
+
+def paired_seeds(first: Mapping[int, Result], second: Mapping[int, Result]) -> list[int]:
+    """Seeds at which both arms have a trial."""
+    return sorted(first.keys() & second.keys())
 
 
 def results_of(results: Iterable[Result], arm: str) -> dict[int, Result]:
@@ -150,14 +169,16 @@ def decide(
     baseline's, so that the difference may be smaller.
     """
     low, high = compared.low, compared.high
-    # What is known for sure: with an open end the interval reaches to infinity on that side.
+    if low == high == 0 and not (method_open or baseline_open):
+        return "reproduced" if expects == "equal" else "tied", "all pairs are exactly equal"
+    # The interval is that of values capped at the budget; beyond an open end they may be anything.
     low, high = (-math.inf if baseline_open else low), (math.inf if method_open else high)
     if expects == "equal":
         if -margin <= low and high <= margin:
             return "reproduced", "the interval lies within the margin"
         if low > margin or high < -margin:
             return "contradicted", "the interval lies outside the margin"
-        return "tied", "the interval reaches across the margin: these seeds cannot tell"
+        return "undecided", "the interval reaches across the margin: these seeds cannot tell"
     if expects == "lower":
         low, high = -high, -low
     if low > 0 and high >= margin:
@@ -166,7 +187,7 @@ def decide(
         return "contradicted", "the whole interval is on the other side"
     if low > -margin and high < margin:
         return "tied", "a difference that would matter is excluded"
-    return "tied", "these seeds cannot tell"
+    return "undecided", "these seeds cannot tell"
 
 
 def summary_of(values: Sequence[float]) -> tuple[Estimate, Estimate | None]:

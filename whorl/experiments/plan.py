@@ -22,7 +22,7 @@ from whorl.settings import Settings
 
 Role = Literal["method", "baseline", "control", "start"]
 Budget = Literal["cpu", "gpu"]
-Verdict = Literal["reproduced", "tied", "contradicted", "not testable here", "not run"]
+Verdict = Literal["reproduced", "tied", "undecided", "contradicted", "not testable here", "not run"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ class Experiment:
             the start is taught on need not be what the arms are trained on. gpu_start None: the same at both budgets.
         trial: what one arm at one seed does; by default it trains a run.
         curves: metrics of rows that are kept of every trial and drawn.
+        scale: what a trial is, in a phrase, where its settings' steps and rollouts do not say it: nothing is trained,
+            or not by steps.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Experiment:
     gpu_start: Mapping[str, Any] | None = None
     trial: Callable[[Trial], Outcome] = train_run
     curves: tuple[str, ...] = ("eval_accuracy", "accuracy", "entropy_nats", "response_tokens")
+    scale: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w+", self.name):

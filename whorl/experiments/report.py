@@ -45,15 +45,13 @@ def report_lines(
     *,
     has_curves: bool,
 ) -> list[str]:
-    seeds = sorted({result.seed for result in results})
-    same = "generated tokens" if experiment.budget == "generated_tokens" else "optimizer steps"
     lines = [
         f"# {config['recipe']}: {experiment.name}",
         "",
         experiment.question,
         "",
-        f"`{config['command']}`. {len(seeds)} paired seeds; within a seed all arms have the same start weights, "
-        f"problems and sampling counters, and equal {same}. Intervals are Student's over seeds, at 95%.",
+        f"`{config['command']}`. {seeds_text(results)} {what_is_equal(experiment, results)} Intervals are Student's "
+        "over seeds, at 95%.",
         "",
         "## Verdicts",
         "",
@@ -85,37 +83,79 @@ def report_lines(
     told = ", ".join(
         f"{name} {machine[name]}" for name in ("python", "torch", "whorl", "cpu") if machine.get(name)
     )
-    codes = sorted({result.code for result in results if result.code})
-    lines.append(f"Made with {told}; whorl's source {', '.join(codes)}.")
+    lines.append(f"Made with {told}; whorl's source {sources_text(results)}.")
     return [*lines, ""]
 
 
+def seeds_text(results: Sequence[Result]) -> str:
+    """How many seeds have a trial of every arm that was run at all, and how many have some."""
+    by_arm: dict[str, set[int]] = {}
+    for result in results:
+        by_arm.setdefault(result.arm, set()).add(result.seed)
+    every, paired = set().union(*by_arm.values()), set.intersection(*by_arm.values()) if by_arm else set()
+    text = f"{len(paired)} paired seed{'s' * (len(paired) != 1)}"
+    return f"{text}; {len(every)} have some of the arms." if len(every) > len(paired) else f"{text}."
+
+
+def sources_text(results: Sequence[Result]) -> str:
+    """The hashes of whorl's source that trials were done with; by arm if there are several."""
+    arms: dict[str, dict[str, None]] = {}
+    for result in results:
+        if result.code:
+            arms.setdefault(result.code, {})[result.arm] = None
+    if len(arms) == 1:
+        return next(iter(arms))
+    return ", ".join(f"{code} ({', '.join(own)})" for code, own in arms.items())
+
+
+def what_is_equal(experiment: Experiment, results: Sequence[Result]) -> str:
+    """What the arms of a seed share; where the experiment says what its trials are, that."""
+    if experiment.scale:
+        return f"A trial: {experiment.scale}."
+    starts: dict[int, set[str]] = {}
+    for result in results:
+        starts.setdefault(result.seed, set()).add(result.start)
+    same_start = bool(starts) and all(len(own) == 1 and "" not in own for own in starts.values())
+    shared = "start weights, problem numbers" if same_start else "problem numbers"
+    spent = "generated tokens" if experiment.budget == "generated_tokens" else "steps"
+    return f"Within a seed all arms have the same {shared} and sampling counters, and those trained equal {spent}."
+
+
 def unread_lines(results: Sequence[Result]) -> list[str]:
-    """Which measures could not be read and why, once for all seeds of an arm."""
+    """Which measures could not be read, by arm and reason."""
     seeds: dict[tuple[str, str, str], list[int]] = {}
     for result in results:
         for name, why in result.unread.items():
-            seeds.setdefault((result.arm, name, why), []).append(result.seed)
+            reason = why.replace(
+                f"no {name!r}", "no such number"
+            )  # else each measure has a reason of its own
+            seeds.setdefault((result.arm, name, reason), []).append(result.seed)
+    names: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
+    for (arm, name, reason), own in seeds.items():
+        names.setdefault((arm, reason, tuple(own)), []).append(name)
     return [
-        f"- {arm}, seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}: {name}: {why}"
-        for (arm, name, why), own in seeds.items()
+        f"- {arm}, seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}: {', '.join(those)}: {reason}"
+        for (arm, reason, own), those in names.items()
     ]
 
 
 def verdict_table(experiment: Experiment, judged: Sequence[Judged]) -> list[str]:
     rows = []
-    for claim, verdict, ours, num_pairs, why in judged:
+    for one in judged:
+        claim = one.claim
         margin = "" if claim.margin is None else f", margin {claim.margin:g}"
         expected = f"{claim.measure} of {claim.method} {claim.expects} than {claim.baseline}{margin}"
         if claim.expects == "equal":
             expected = f"{claim.measure} of {claim.method} equal to {claim.baseline}{margin}"
-        found = (
-            "–"
-            if ours is None
-            else f"{comparison_text(experiment.measure(claim.measure), ours)}, {num_pairs} pairs"
-        )
+        expected = "–" if claim.untestable else expected
         rows.append(
-            (claim.text, claim.theirs, "–" if claim.untestable else expected, found, f"**{verdict}**: {why}")
+            (
+                claim.text,
+                claim.theirs,
+                expected,
+                found_text(experiment, one) or "–",
+                f"**{one.verdict}**: {one.why}",
+            )
         )
     return table(("claim", "theirs", "expected here", "ours", "verdict"), rows)
 
@@ -173,9 +213,7 @@ def _difference_cell(measure: Measure, own: Mapping[int, Result], baseline: Mapp
         compared = shown(measure, compare_pairs(measure, pairs))
     except ValueError:
         return "–"
-    method_open, baseline_open = known_from_below(pairs)
-    note = {(True, False): " or more", (False, True): " or less", (True, True): " (open)"}
-    return comparison_text(measure, compared) + note.get((method_open, baseline_open), "")
+    return comparison_text(measure, compared, *known_from_below(pairs))
 
 
 def cost_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
@@ -225,17 +263,32 @@ def number(value: float) -> str:
         return "∞" if value == math.inf else "-∞" if value == -math.inf else "–"
     if value != 0 and abs(value) < 0.001:
         return f"{value:.1e}"
+    if abs(value) >= 1e7:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def estimate_text(estimate: Estimate) -> str:
-    """`0.962 [0.931, 0.993]`; a single seed has no interval."""
-    if math.isnan(estimate.low):
+    """`0.962 [0.931, 0.993]`; a single seed has no interval, and an interval without width is not said."""
+    if math.isnan(estimate.low) or estimate.high - estimate.low <= 1e-9 * abs(estimate.value):
         return number(estimate.value)
     return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
 
 
-def comparison_text(measure: Measure, compared: Estimate) -> str:
-    """`+0.014 [-0.004, 0.032]`, or `x0.52 [0.31, 0.87]` for a ratio."""
+def comparison_text(
+    measure: Measure, compared: Estimate, method_open: bool = False, baseline_open: bool = False
+) -> str:
+    """`+0.014 [-0.004, 0.032]`, or `x0.52 [0.31, 0.87]` for a ratio; "or less" where the baseline is known from below
+    only, "or more" where the method is."""
     sign = "x" if measure.compare == "ratio" else "+" if compared.value > 0 else ""
-    return sign + estimate_text(compared)
+    note = {(True, False): " or more", (False, True): " or less", (True, True): " (open)"}
+    return sign + estimate_text(compared) + note.get((method_open, baseline_open), "")
+
+
+def found_text(experiment: Experiment, one: Judged) -> str:
+    """The comparison that a verdict rests on, with its number of pairs; nothing if there is none."""
+    if one.ours is None:
+        return ""
+    measure = experiment.measure(one.claim.measure)
+    return f"{comparison_text(measure, one.ours, one.method_open, one.baseline_open)}, {one.num_pairs} pairs"

@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from whorl.cold_start import cold_start
+from whorl.environments.base import Environment
 from whorl.environments.catalog import make
 from whorl.environments.several import Several
 from whorl.experiments.plan import Arm, Budget, Experiment, changed
@@ -29,6 +30,9 @@ ADDED_LATER = (
 )  # fmt: skip
 """Settings, some of a recipe's own, that there were not yet when results were kept: at their default they do not change
 what a trial is."""
+
+FILE_FIELDS = ("path", "test", "positions", "failures")
+"""Fields of environments that name a file of problems: its bytes count, of which the probed problems see the first."""
 
 NUM_PROBED = 16
 """Problems and demonstrations whose text stands for what an environment gives."""
@@ -94,7 +98,7 @@ def start_key(settings: Settings) -> str:
 
 
 def contents_of(settings: Settings) -> dict[str, Any]:
-    """What settings only name: the environment's problems and demonstrations, the model's shape or weights."""
+    """What settings only name: the environment's problems, demonstrations and files, the model's shape or weights."""
     environment, model = make(settings.environment), Path(settings.model)
     digest = hashlib.sha256()
     parts = environment.parts if isinstance(environment, Several) else (environment,)
@@ -106,16 +110,27 @@ def contents_of(settings: Settings) -> dict[str, Any]:
             if settings.cold_start.max_updates:
                 replies = part.traces(problem, np.random.default_rng(index))
                 digest.update("\x1f".join(replies).encode())
+        for file in files_of(part):
+            digest.update(_digest_of(file).encode())
     contents: dict[str, Any] = {"environment": digest.hexdigest()}
     if is_preset(settings.model):
         contents["model"] = preset(settings.model, 256, settings.max_context).to_dict()
     elif model.is_dir():
         for file in sorted(model.glob("**/*.safetensors")):
-            with file.open("rb") as stream:
-                contents[f"model/{file.relative_to(model)}"] = hashlib.file_digest(
-                    stream, "sha256"
-                ).hexdigest()
+            contents[f"model/{file.relative_to(model)}"] = _digest_of(file)
     return contents
+
+
+def files_of(environment: Environment) -> list[Path]:
+    """Files that the environment, or the one that it wraps, reads its problems from; none if they are generated."""
+    named = [getattr(environment, f.name) for f in fields(cast(Any, environment)) if f.name in FILE_FIELDS]
+    inner = getattr(environment, "inner", None)
+    return [*(Path(name) for name in named if name), *(files_of(inner) if inner is not None else ())]
+
+
+def _digest_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def make_start(settings: Settings, folder: Path, tell: Tell) -> Start:

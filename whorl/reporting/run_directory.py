@@ -412,7 +412,7 @@ def describe_machine() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _explained(file: Path) -> Iterator[None]:
-    """Say of an OSError which file of the run could not be written, and what to do."""
+    """Say of an OSError which file could not be written, and what to do."""
     try:
         yield
     except OSError as error:
@@ -420,10 +420,14 @@ def _explained(file: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             parent = next(p for p in (file, *file.parents) if p.exists())
             free = f"{shutil.disk_usage(parent).free / 2**30:.2f} GiB"
+        # The results of a comparison have a config.json too, but not a run's folders.
+        of_run = any(is_run(place) and (place / FOLDERS[0]).is_dir() for place in (file, *file.parents))
+        place = "to the run directory" if of_run else f"in {file.parent}"
+        then = "continue with `whorl resume`" if of_run else "give the same command again"
         raise OSError(
             error.errno,
-            f"could not write to the run directory ({error.strerror or error}; free space: {free}). "
-            "Make room or check permissions, then continue with `whorl resume`",
+            f"could not write {place} ({error.strerror or error}; free space: {free}). "
+            f"Make room or check permissions, then {then}",
             str(file),
         ) from error
 

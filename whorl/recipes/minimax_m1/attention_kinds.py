@@ -102,5 +102,6 @@ EXPERIMENT = Experiment(
         ),
     ),
     trial=teach,
+    scale="models of 1.9M parameters, 400 supervised updates on 64 demonstrations each, no reinforcement",
     curves=("supervised_accuracy", "supervised_loss"),
 )  # fmt: skip
