@@ -172,7 +172,7 @@ def test_all_kinds_of_attention_learn_from_the_same_tokens_in_the_same_order(tmp
             run = begin_or_go_on(Trial(kind, "method", settings, tmp_path / f"{kind}_{task}"))
             order = new_curriculum(replace(settings, curriculum="uniform"), run.environment)
             shown = [one for update in (1, 2) for one in cold_start._examples(run, order, update)]
-            taught.append([(tokens_T.tolist(), policy_T.tolist()) for tokens_T, policy_T in shown])
+            taught.append([(list(tokens_T), list(policy_T)) for tokens_T, policy_T in shown])
         assert len(taught[0]) == 2 * 64 and taught[0] == taught[1] == taught[2]
 
 
