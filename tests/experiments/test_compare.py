@@ -15,14 +15,16 @@ import pytest
 
 from tests.experiments.tiny_recipe import BASE, EXPERIMENTS
 from tests.support import Tiny
+from whorl.cold_start import cold_start
 from whorl.environments.catalog import make
 from whorl.experiments.command import carry_out, comparisons_of
 from whorl.experiments.compare import Comparison, current, read_results, run_comparison
 from whorl.experiments.judge import judge
 from whorl.experiments.plan import Arm
 from whorl.experiments.starts import contents_of, files_of, make_start, read_start, start_key, start_settings
-from whorl.experiments.worker import work
-from whorl.run import open_run
+from whorl.experiments.trials import Outcome
+from whorl.experiments.worker import _measured, work
+from whorl.run import open_run, start_run
 
 SCRIPTED, LOSSES = EXPERIMENTS
 MODULE = "tests.experiments.tiny_recipe"
@@ -347,6 +349,23 @@ def test_a_folder_that_cannot_be_written_is_not_said_to_be_a_run(tmp_path, monke
     monkeypatch.setattr("whorl.reporting.run_directory.os.replace", fail)
     with pytest.raises(OSError, match=r"could not write in .*scripted.*give the same command again"):
         run_comparison(whole, 1, quiet)
+
+
+def test_a_trial_keeps_what_its_processes_took_and_what_it_was_taught(tmp_path, in_this_process):
+    """Ten seconds of an earlier process that was killed count; so do those of a trial that stopped."""
+    whole = comparison(SCRIPTED, tmp_path, 1, ("better", "stops"))
+    folder = whole.trials()[0].folder
+    folder.mkdir(parents=True)
+    (folder / "seconds.json").write_text("10.0")
+    better, stops = run_comparison(whole, 1, quiet)
+    assert 10.0 <= better.cost["trial_seconds"] < 20.0 and "taught_tokens" not in better.cost
+    assert json.loads((folder / "seconds.json").read_text()) >= 10.0
+    assert stops.reason and 0.0 <= stops.cost["trial_seconds"] < 10.0
+    run = start_run("taught", replace(BASE, device="cpu"), tmp_path / "run")
+    run.player.start()
+    cold_start(run)
+    cost = _measured(SCRIPTED, Outcome(run=tmp_path / "run"), 1.0)["cost"]
+    assert cost["taught_tokens"] == run.directory.supervised_history()[-1]["supervised_tokens"] > 0
 
 
 def described(whole: Comparison, name: str = "config.json") -> dict:

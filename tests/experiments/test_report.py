@@ -9,11 +9,13 @@ from PIL import Image
 
 from tests.experiments.tiny_recipe import BASE, EXPERIMENTS
 from whorl.evaluation.statistics import Estimate
-from whorl.experiments.curves import COLOURS, draw_curves, mean_curve
+from whorl.experiments.curves import COLOURS, banded_arms, draw_curves, mean_curve, styles_of, within_bounds
 from whorl.experiments.judge import Result
 from whorl.experiments.plan import Arm
 from whorl.experiments.readings import AtLeast
 from whorl.experiments.report import (
+    bands_text,
+    cost_line,
     cost_table,
     difference_table,
     estimate_text,
@@ -59,7 +61,16 @@ def test_each_arm_has_its_mean_with_an_interval_and_its_difference_in_pairs():
 
 
 def test_the_cost_of_an_arm_is_per_trial_and_in_all():
-    assert cost_table(SCRIPTED, RESULTS)[2] == "| better | 1,000 | 3.0 | 9 |"
+    assert cost_table(SCRIPTED, RESULTS)[2] == "| better | 1,000 | – | 3.0 | 9 |"
+    # New results say what their processes took and what was taught: 60 s and 500 tokens each.
+    new = [replace(r, cost={**r.cost, "trial_seconds": 60.0, "taught_tokens": 500.0}) for r in RESULTS]
+    assert cost_table(SCRIPTED, new)[2] == "| better | 1,000 | 500 | 3.0 | 180 |"
+    starts = {"a": {"seconds": 30.0}, "b": {"seconds": 90.0}}
+    assert cost_line(new, starts) == "Trials and starts took 8 minutes of one process."
+    failed = Result("stops", 0, "k", reason="it stopped", cost={"trial_seconds": 120.0})
+    assert cost_line([*new, failed], {}) == "Trials took 8 minutes of one process."
+    assert cost_table(SCRIPTED, [*new, failed]) == cost_table(SCRIPTED, new)
+    assert cost_line(RESULTS, {}).endswith("Of 6 of 6 trials steps and evaluations alone were timed.")
 
 
 def test_a_band_is_over_seeds_at_the_points_that_all_reach():
@@ -75,6 +86,43 @@ def test_a_band_is_over_seeds_at_the_points_that_all_reach():
     np.testing.assert_allclose(mean_T - low_T, high_T - mean_T)
     _, mean_T, low_T, _ = mean_curve(own[:1], "eval_accuracy")
     assert (mean_T == low_T).all()
+
+
+def test_a_band_ends_where_its_metric_does():
+    mean, low, high = np.array([0.1, 0.5, 0.95]), np.array([-0.2, 0.3, 0.8]), np.array([0.4, 0.7, 1.1])
+    cut = within_bounds("eval_accuracy", mean, low, high)
+    assert cut[0].tolist() == [0.0, 0.3, 0.8] and cut[1].tolist() == [0.4, 0.7, 1.0]
+    cut = within_bounds("response_tokens", mean, low, high)
+    assert cut[0].tolist() == [0.0, 0.3, 0.8] and cut[1].tolist() == high.tolist()
+    assert within_bounds("no such metric", mean, low, high)[0].tolist() == low.tolist()
+    # What is itself below 0 is not cut off.
+    assert within_bounds("response_tokens", mean - 0.2, low, high)[0][0] == pytest.approx(-0.1)
+
+
+def test_bands_are_of_few_arms_or_of_those_that_claims_name():
+    arms = [f"arm_{number}" for number in range(6)]
+    assert banded_arms(SCRIPTED, arms[:5]) == set(arms[:5])
+    assert banded_arms(SCRIPTED, [*arms, "better", "plain"]) == {"better", "plain"}
+    many = replace(SCRIPTED, claims=(), arms=(*(Arm(name, "control") for name in arms), *SCRIPTED.arms))
+    assert banded_arms(many, [*arms, "better"]) == set()
+    results = [result(arm, 0, 0, curve=[[0], [0.5]]) for arm in [*arms, "better"]]
+    assert "hide each other" in bands_text(many, results) and "with its" in bands_text(SCRIPTED, results[:2])
+
+
+def test_no_two_arms_are_drawn_alike():
+    styles = styles_of([f"arm_{number}" for number in range(20)], "arm_3")
+    assert len(set(styles.values())) == 20 and styles["arm_3"] == ("black", 0)
+    assert len({turn for _, turn in list(styles.values())[:3]}) == 3
+
+
+def test_curves_that_lie_on_each_other_are_both_seen():
+    curve = [[0, 9], [0.2, 0.8]]
+    picture = draw_curves(SCRIPTED, [result(arm, 0, 0, curve=curve) for arm in ("better", "plain", "stops")])
+    assert picture is not None
+    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)[:200]  # above the legend
+    for colour in ("#000000", *COLOURS[:2]):
+        wanted = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+        assert (np.abs(pixels - wanted).max(axis=2) < 24).any(axis=0)[200:].sum() > 10, colour
 
 
 def test_at_equal_tokens_curves_are_drawn_over_tokens():

@@ -2,8 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,8 +14,11 @@ from whorl.reporting.glossary import describe
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 """Okabe and Ito's, which readers with any colour vision can tell apart; the baseline is black."""
 
-STROKES = ("-", "--", ":")
-"""Of the first arms, and of those for which no colour is left."""
+STROKES = ((0, ()), (0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 1.5)))
+"""Dashes by turns, the more broken on top, so that of two curves that lie on each other both are seen."""
+
+MOST_BANDS = 5
+"""Bands of more arms lie on each other and cannot be told apart."""
 
 
 def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | None:
@@ -32,8 +34,8 @@ def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | No
     if not names:
         return None
     by_tokens = experiment.budget == "generated_tokens"
-    others = itertools.cycle((colour, stroke) for stroke in STROKES for colour in COLOURS)
-    lines = {arm.name: ("black", "-") if arm == experiment.baseline else next(others) for arm in arms}
+    styles = styles_of([arm.name for arm in arms], experiment.baseline.name)
+    banded = banded_arms(experiment, [arm.name for arm in arms])
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     with matplotlib.rc_context({"font.size": 9}):
@@ -45,18 +47,19 @@ def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | No
                 own = [r for r in results_of(results, arm.name).values() if name in r.curves]
                 if own:
                     x_T, mean_T, low_T, high_T = mean_curve(own, name, by_tokens=by_tokens)
-                    colour, stroke = lines[arm.name]
-                    marker = "o" if len(x_T) == 1 else None
+                    colour, turn = styles[arm.name]
                     panel.plot(
-                        x_T, mean_T, stroke, color=colour, linewidth=1.5, marker=marker, label=arm.name
-                    )
-                    panel.fill_between(x_T, low_T, high_T, color=colour, alpha=0.13, linewidth=0)
+                        x_T, mean_T, color=colour, linestyle=STROKES[turn], linewidth=1.5, zorder=2 + 0.1 * turn,
+                        marker="o" if len(x_T) == 1 else None, label=arm.name,
+                    )  # fmt: skip
+                    if arm.name in banded:
+                        low_T, high_T = within_bounds(name, mean_T, low_T, high_T)
+                        panel.fill_between(x_T, low_T, high_T, color=colour, alpha=0.13, linewidth=0)
             panel.set_title(name, loc="left", fontsize=9)
             panel.set_xlabel("generated tokens" if by_tokens else "step")
             panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             if by_tokens:
                 panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-            _within_reason(panel, name)
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(axis="y", alpha=0.3, linewidth=0.6)
         for panel in panels[len(names) :]:
@@ -77,17 +80,45 @@ def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | No
     return buffer.getvalue()
 
 
-def _within_reason(panel: Any, name: str) -> None:
-    """Limits of a fraction: a wide band over few seeds may reach beyond what a fraction can be."""
+def styles_of(arms: Sequence[str], baseline: str) -> dict[str, tuple[str, int]]:
+    """Colour and number of the stroke of each arm: neighbours differ in both, and the first 32 all differ."""
+    others = itertools.count()
+    styles = {}
+    for arm in arms:
+        if arm == baseline:
+            styles[arm] = ("black", 0)
+        else:
+            number = next(others)
+            turn = number + 1 + number // len(COLOURS)  # else colours and strokes would come round together
+            styles[arm] = (COLOURS[number % len(COLOURS)], turn % len(STROKES))
+    return styles
+
+
+def banded_arms(experiment: Experiment, drawn: Iterable[str]) -> set[str]:
+    """Arms whose bands are drawn: all if they are few, else those that claims name if these are, else none."""
+    in_claims = {name for claim in experiment.claims for name in (claim.method, claim.baseline)}
+    every = set(drawn)
+    for chosen in (every, in_claims & every):
+        if len(chosen) <= MOST_BANDS:
+            return chosen
+    return set()
+
+
+def within_bounds(
+    name: str, mean_T: np.ndarray, low_T: np.ndarray, high_T: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The band cut off at what the metric can be, beyond which it may reach over few seeds; never at the mean's wrong
+    side.
+    """
     try:
         metric = describe(name)
     except ValueError:
-        return
-    low, high = panel.get_ylim()
+        return low_T, high_T
+    if metric.unit in ("fraction", "tokens") or metric.low == 0:
+        low_T = np.maximum(low_T, np.minimum(mean_T, 0.0))
     if metric.unit == "fraction":
-        panel.set_ylim(max(low, -0.02), min(high, 1.02))
-    elif metric.low == 0:
-        panel.set_ylim(max(low, 0.0), high)
+        high_T = np.minimum(high_T, np.maximum(mean_T, 1.0))
+    return low_T, high_T
 
 
 def mean_curve(

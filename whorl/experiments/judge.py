@@ -42,7 +42,8 @@ class Result:
         values: its measures by name.
         unread: of measures that could not be read, why.
         curves: metrics as [steps, values].
-        cost: `generated_tokens` and `seconds` of training and evaluation.
+        cost: `generated_tokens` and `seconds` of training and evaluation; `trial_seconds`, all that its processes took,
+            and `taught_tokens` of supervised learning, which results of older versions have not.
         code: hash of whorl's source when it was done.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from whorl.evaluation.statistics import Estimate
-from whorl.experiments.curves import draw_curves
+from whorl.experiments.curves import banded_arms, draw_curves
 from whorl.experiments.judge import (
     Judged,
     Result,
@@ -69,8 +69,8 @@ def report_lines(
         "",
     ]
     if has_curves:
-        lines += ["## Curves", "", "Mean over seeds, with its 95% interval.", "", "![curves](curves.png)", ""]
-    lines += ["## Cost", "", *cost_table(experiment, results), ""]
+        lines += ["## Curves", "", bands_text(experiment, results), "", "![curves](curves.png)", ""]
+    lines += ["## Cost", "", *cost_table(experiment, results), "", cost_line(results, config["starts"]), ""]
     if failed := [result for result in results if result.reason]:
         lines += ["## What failed", ""]
         lines += [f"- {result.arm}, seed {result.seed}: {result.reason}" for result in failed]
@@ -85,6 +85,17 @@ def report_lines(
     )
     lines.append(f"Made with {told}; whorl's source {sources_text(results)}.")
     return [*lines, ""]
+
+
+def bands_text(experiment: Experiment, results: Sequence[Result]) -> str:
+    """What the lines and bands of the picture are."""
+    drawn = {result.arm for result in results if result.curves}
+    banded = banded_arms(experiment, drawn)
+    if banded == drawn:
+        return "Mean over seeds, with its 95% interval."
+    if not banded:
+        return "Mean over seeds; intervals of so many arms would hide each other."
+    return "Mean over seeds; with its 95% interval for the arms that claims name."
 
 
 def seeds_text(results: Sequence[Result]) -> str:
@@ -219,15 +230,38 @@ def _difference_cell(measure: Measure, own: Mapping[int, Result], baseline: Mapp
 def cost_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
     rows = []
     for arm in experiment.arms:
-        done = [result.cost for result in results_of(results, arm.name).values() if result.cost]
+        done = [result.cost for result in results_of(results, arm.name).values() if "seconds" in result.cost]
         if done:
-            tokens, seconds = (
-                [cost.get(name, 0.0) for cost in done] for name in ("generated_tokens", "seconds")
-            )
+            tokens = [cost["generated_tokens"] for cost in done]
+            taught = [cost.get("taught_tokens", 0.0) for cost in done]
+            seconds, spent = [cost["seconds"] for cost in done], [_spent(cost) for cost in done]
             rows.append(
-                (arm.name, f"{np.mean(tokens):,.0f}", f"{np.mean(seconds):,.1f}", f"{sum(seconds):,.0f}")
-            )
-    return table(("arm", "tokens a trial", "seconds a trial", "seconds in all"), rows)
+                (arm.name, f"{np.mean(tokens):,.0f}", f"{np.mean(taught):,.0f}" if any(taught) else "–",
+                 f"{np.mean(seconds):,.1f}", f"{sum(spent):,.0f}")
+            )  # fmt: skip
+    heads = (
+        "arm",
+        "generated tokens a trial",
+        "taught tokens",
+        "seconds of steps and evaluations",
+        "seconds in all",
+    )
+    return table(heads, rows)
+
+
+def _spent(cost: Mapping[str, float]) -> float:
+    return cost.get("trial_seconds", cost.get("seconds", 0.0))
+
+
+def cost_line(results: Sequence[Result], starts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What all trials, failed ones included, and all starts took."""
+    minutes = (
+        sum(_spent(one.cost) for one in results) + sum(start["seconds"] for start in starts.values())
+    ) / 60
+    line = f"Trials{' and starts' * bool(starts)} took {minutes:,.0f} minutes of one process."
+    if older := sum("trial_seconds" not in one.cost for one in results):
+        line += f" Of {older} of {len(results)} trials steps and evaluations alone were timed."
+    return line
 
 
 def start_table(starts: Mapping[str, Mapping[str, Any]]) -> list[str]:

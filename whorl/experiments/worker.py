@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from whorl.experiments.plan import Experiment, changed, named
 from whorl.experiments.starts import from_start, make_start, read_start, start_settings
 from whorl.experiments.trials import Outcome, Trial, curves_of
 from whorl.faults import Stop
-from whorl.reporting.run_directory import write_atomically
+from whorl.reporting.run_directory import RunDirectory, write_atomically
 from whorl.reporting.run_lock import RunLock, lock
 from whorl.run import use_own_threads
 from whorl.settings import Settings
@@ -33,20 +34,43 @@ def experiments_of(module: str) -> tuple[Experiment, ...]:
     return getattr(importlib.import_module(module), "EXPERIMENTS", ())
 
 
+def put(file: Path, content: Any) -> None:
+    """Write what is told often: whole or not at all, and without waiting for the disk."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, file)
+
+
+class Clock:
+    """Seconds of a task's processes, those of earlier ones that were killed included, as far as they were noted."""
+
+    def __init__(self, file: Path):
+        self._file, self._started = file, time.monotonic()
+        self._before = float(json.loads(file.read_text())) if file.is_file() else 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def note(self) -> None:
+        """Keep what it is by now for the next process."""
+        put(self._file, round(self.seconds, 1))
+
+
 def work(folder: Path) -> None:
     """Do the task of a folder; a trial that ends with `Stop` has failed, which is a result like others."""
     task = json.loads((folder / "task.json").read_text())
     experiment = named(task["experiment"], experiments_of(task["module"]), "experiment")
     arm = experiment.arm(task["arm"])
-    last_told = 0.0
+    last_told, clock = 0.0, Clock(folder / "seconds.json")
 
     def tell(done: int, total: int, note: str) -> None:
         nonlocal last_told
         if done < total and time.monotonic() - last_told < 0.5:
             return
         last_told = time.monotonic()
-        (folder / "progress.json.tmp").write_text(json.dumps([done, total, note]))
-        os.replace(folder / "progress.json.tmp", folder / "progress.json")
+        put(folder / "progress.json", [done, total, note])
+        clock.note()
 
     if task["kind"] == "start":
         settings = start_settings(experiment, task["budget"], arm, task["seed"])
@@ -63,12 +87,12 @@ def work(folder: Path) -> None:
     known = {"arm": arm.name, "seed": task["seed"], "key": task["key"], "code": code_digest()}
     known |= {"start": Path(task["start"]).parent.name if task["start"] else ""}
     known |= {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
-    started = time.monotonic()
     try:
         outcome = experiment.trial(trial)
-        result = Result(**known, **_measured(experiment, outcome, time.monotonic() - started))
+        result = Result(**known, **_measured(experiment, outcome, clock.seconds))
     except Stop as stop:
         result = Result(**known, reason=str(stop))
+    result = replace(result, cost={**result.cost, "trial_seconds": round(clock.seconds, 1)})
     write_atomically(folder / "result.json", json.dumps(result.to_dict()).encode())
 
 
@@ -101,6 +125,9 @@ def _measured(experiment: Experiment, outcome: Outcome, seconds: float) -> Mappi
     tokens = sum(row.get("generated_tokens") or 0.0 for row in outcome.rows)
     spent = sum((row.get("step_seconds") or 0.0) + (row.get("eval_seconds") or 0.0) for row in outcome.rows)
     cost = {"generated_tokens": tokens, "seconds": round(spent or seconds, 1)}
+    taught = RunDirectory.open(outcome.run).supervised_history() if outcome.run else []
+    if taught:
+        cost["taught_tokens"] = float(taught[-1].get("supervised_tokens", 0))
     spent_so_far, rows = 0.0, []
     for row in outcome.rows:
         spent_so_far += row.get("generated_tokens") or 0.0
