@@ -121,21 +121,26 @@ def test_the_experiments_that_train_by_no_steps_are_known():
 
 
 @dataclass(frozen=True)
-class Smaller(Tiny):
-    scaled: ClassVar[tuple[str, ...]] = (*Tiny.scaled, "a scripted judge")
-    unsaid: ClassVar[tuple[str, ...]] = (*Tiny.unsaid, "how it is watched")
+class Small(Tiny):
+    scaled: ClassVar[tuple[str, ...]] = ("a small model",)
+
+
+@dataclass(frozen=True)
+class Smaller(Small):
+    scaled: ClassVar[tuple[str, ...]] = (*Small.scaled, "a scripted judge")
+    unsaid: ClassVar[tuple[str, ...]] = (*Small.unsaid, "how it is watched")
 
 
 def test_what_an_experiments_settings_declare_beside_the_recipes_stands_with_it(tmp_path):
     put_results(tmp_path)
     own = replace(EXPERIMENTS[0], cpu=Smaller())
     (text,) = pages_of(
-        {"tiny": (Tiny, (own, EXPERIMENTS[1]))}, tmp_path / "results", tmp_path / "docs"
+        {"tiny": (Small, (own, EXPERIMENTS[1]))}, tmp_path / "results", tmp_path / "docs"
     ).values()
     first, second = text.split("**losses**")
     assert "Also scaled down here:\n\n- a scripted judge\n" in first and "how it is watched" in first
     assert "Also" not in second
-    assert not any(f"- {item}\n" in first for item in Tiny.scaled)
+    assert "a small model" not in first and second.count("- a small model") == 1
 
 
 def test_a_section_links_to_its_report_from_either_page(tmp_path):
