@@ -14,7 +14,7 @@ from whorl.experiments.command import carry_out, comparisons_of
 from whorl.experiments.differences import Side, differences, made_of_the_arm, surroundings, table_of
 from whorl.experiments.ledger import write_ledger
 from whorl.experiments.plan import Arm, Budget, Experiment, changed, named
-from whorl.recipes.catalog import experiments_of, recipes_with_experiments, settings_of
+from whorl.recipes.catalog import default_settings, experiments_of, recipes_with_experiments
 
 
 def compare(
@@ -111,7 +111,7 @@ def side_of(place: str, overrides: Sequence[str] = (), budget: Budget | None = N
     """
     name, *rest = place.split(":")
     if not rest:
-        return Side(settings_of(name, overrides))
+        return Side(changed(default_settings(name), _changes_of(overrides)))
     if len(rest) > 2:
         raise ValueError(f"expected recipe, recipe:arm or recipe:experiment:arm; got {place!r}")
     experiment, arm = _arm_named(name, rest)

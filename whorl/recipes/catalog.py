@@ -1,15 +1,13 @@
 """The recipes by name. A recipe is a module with a subclass of `Settings` or `SupervisedSettings`, named like it."""
 
-import ast
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 import whorl.recipes
-from whorl.experiments.plan import Experiment, changed, named
+from whorl.experiments.plan import Experiment
 from whorl.settings import AnySettings, Settings
 
 
@@ -51,34 +49,10 @@ def recipes_with_experiments() -> dict[str, tuple[type[Settings], tuple[Experime
     return found
 
 
-def settings_of(place: str, overrides: Sequence[str] = ()) -> AnySettings:
-    """Settings of a recipe, of one of its arms (`recipe:arm`, `recipe:experiment:arm`), with overrides `name=value`.
-
-    ValueError that names the nearest for what there is not.
-    """
-    name, *rest = place.split(":")
-    if len(rest) > 2:
-        raise ValueError(f"expected recipe, recipe:arm or recipe:experiment:arm; got {place!r}")
+def default_settings(name: str) -> AnySettings:
+    """The settings of a recipe as it stands; ValueError if there is no such recipe."""
     recipe = recipe_named(name)
     # What a recipe has no default for, the user's data, is shown by its name.
     open_fields = (f.name for f in fields(recipe) if f.default is f.default_factory is MISSING)
     given: dict[str, Any] = {field: field.upper() for field in open_fields}
-    settings: AnySettings = recipe(**given)
-    if rest:
-        experiments = experiments_of(name)
-        if len(rest) == 2:
-            experiments = (named(rest[0], experiments, f"experiment of {name}"),)
-        having = [one for one in experiments if rest[-1] in {arm.name for arm in one.arms}]
-        arms = {arm.name: arm for one in experiments for arm in one.arms}
-        arm = named(rest[-1], arms.values(), f"arm of {name}")
-        settings = changed(next(iter(having[0].budgets.values())), arm.changes)
-    changes = {}
-    for override in overrides:
-        setting, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"expected name=value, such as optimizer.eps=1e-8; got {override!r}")
-        try:
-            changes[setting.strip()] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            changes[setting.strip()] = text.strip()
-    return changed(settings, changes)
+    return recipe(**given)
