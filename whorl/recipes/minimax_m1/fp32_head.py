@@ -114,8 +114,9 @@ EXPERIMENT = Experiment(
             "correlation 0.9873 -> 0.9971 (section 3.2)", "correlation", "fp32", "bf16_256", "higher", margin=0.005,
         ),
         Claim(
-            "With a bf16 head the reward does not grow, with fp32 it does",
-            "section 3.2, no figure", "final", "fp32", "bf16_256", "higher", margin=0.02,
+            # What was measured, and not what the paper says: with bf16 it rises here, too.
+            "With an fp32 head accuracy ends higher than with a bf16 head",
+            "section 3.2, no figure: with bf16 the reward did not grow", "final", "fp32", "bf16_256", "higher", margin=0.02,
         ),
         Claim(
             "Sampled in fp32, a policy that was trained with a bf16 head has learned less",
