@@ -1,6 +1,5 @@
 """The command line of comparisons: whorl compare | ledger | diff. Signatures and docstrings are what tyro shows."""
 
-import ast
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from whorl.experiments.differences import Side, differences, made_of_the_arm, su
 from whorl.experiments.ledger import write_ledger
 from whorl.experiments.plan import Arm, Budget, Experiment, changed, named
 from whorl.recipes.catalog import default_settings, experiments_of, recipes_with_experiments
+from whorl.settings import read_assignments
 
 
 def compare(
@@ -122,17 +122,7 @@ def side_of(place: str, overrides: Sequence[str] = (), budget: Budget | None = N
 
 
 def _changes_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """`optimizer.eps=1e-8` as a change; what is no Python literal is text."""
-    changes = {}
-    for override in overrides:
-        setting, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"expected name=value, such as optimizer.eps=1e-8; got {override!r}")
-        try:
-            changes[setting.strip()] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            changes[setting.strip()] = text.strip()
-    return changes
+    return read_assignments(overrides, "expected name=value, such as optimizer.eps=1e-8")
 
 
 def _arm_named(recipe: str, rest: Sequence[str]) -> tuple[Experiment, Arm]:

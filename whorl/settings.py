@@ -9,7 +9,7 @@ import ast
 import importlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -230,19 +230,28 @@ class Settings:
     def resolve_algorithm(self) -> Algorithm:
         """The catalogue row that `algorithm` names, with its settings."""
         name, *assignments = (part.strip() for part in self.algorithm.split(","))
-        given = {}
-        for assignment in assignments:
-            key, equals, text = assignment.partition("=")
-            if not equals:
-                raise ValueError(f"algorithm {name}: expected setting=value; got {assignment!r}")
-            try:
-                given[key.strip()] = ast.literal_eval(text.strip())
-            except (ValueError, SyntaxError):
-                given[key.strip()] = text.strip()
+        given = read_assignments(assignments, f"algorithm {name}: expected setting=value")
         return with_settings(algorithm_named(name), **given)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def read_assignments(texts: Iterable[str], expected: str) -> dict[str, Any]:
+    """Texts like `optimizer.eps=1e-8`, by name; a value that is no Python literal is text.
+
+    ValueError that begins with what was `expected` for a text without `=`.
+    """
+    given = {}
+    for assignment in texts:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"{expected}; got {assignment!r}")
+        try:
+            given[name.strip()] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            given[name.strip()] = text.strip()
+    return given
 
 
 @dataclass(frozen=True)

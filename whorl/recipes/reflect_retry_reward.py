@@ -68,7 +68,9 @@ class ReflectRetryReward(Settings):
         "reflection was, so there was nothing to select",
         "one failed attempt of each of at most 1,000 problems, of 8 samples (16 on a GPU), in place of up to 64; no "
         "quarter of the pass rates has more than a quarter of the problems",
-        "some 20 steps (60 on a GPU) in place of 1,750; learning rate 3e-4 (1e-4 on a GPU) in place of 5e-7, without "
+        "countdown on a GPU was run with earlier rules: as many failures of each stratum as the rarest had, at most "
+        "677, and the tokens of collecting them not counted",
+        "some 25 steps (60 on a GPU) in place of 1,750; learning rate 3e-4 (1e-4 on a GPU) in place of 5e-7, without "
         "its cosine",
     )
     unsaid: ClassVar[tuple[str, ...]] = (
