@@ -18,17 +18,11 @@ from whorl.experiments.trials import Trial
 from whorl.faults import Stop
 from whorl.model.tokenizer import Tokenizer
 from whorl.model.transformer import Transformer
-from whorl.recipes.reflect_retry_reward import (
-    EXPERIMENTS,
-    STRATA,
-    TASK,
-    ReflectRetryReward,
-    collect_failures,
-    held_out_values,
-    main,
-    reflect_trial,
-    rewards_of_the_next_problem,
-)
+from whorl.recipes.reflect_retry_reward import EXPERIMENTS, ReflectRetryReward
+from whorl.recipes.reflect_retry_reward.__main__ import main
+from whorl.recipes.reflect_retry_reward.failures import STRATA, collect_failures
+from whorl.recipes.reflect_retry_reward.recipe import TASK, rewards_of_the_next_problem
+from whorl.recipes.reflect_retry_reward.trial import held_out_values, reflect_trial
 from whorl.rollouts import Player
 from whorl.run import open_run
 from whorl.sampling.dialogue import Dialogue, Script
@@ -323,19 +317,33 @@ def test_the_default_run_is_on_the_first_experiments_task():
 def test_the_arms_differ_from_the_method_in_one_thing_each(experiment):
     (budget,) = experiment.budgets
     changes = {arm.name: set(arm.changes) for arm in experiment.arms}
-    assert changes["rrr"] == set()
-    assert changes["shuffled"] == {"rewards_of"}
-    assert changes["answers_too"] == {"trained_roles"}
-    assert changes["fresh"] == {"collected_failures"}
-    assert changes["no_reflection"] == {"environment", "trained_roles"}
-    assert changes["constant"] == {"environment", "trained_roles", "stop_after_steps_without_signal"}
-    assert changes["grpo"] == {"environment", "trained_roles"}
+    expected = {
+        "start": set(),
+        "start_none": {"environment"},
+        "rrr": set(),
+        "fresh": {"collected_failures"},
+        "grpo": {"environment", "trained_roles"},
+        "no_reflection": {"environment", "trained_roles"},
+        "constant": {"environment", "trained_roles", "stop_after_steps_without_signal"},
+        "shuffled": {"rewards_of"},
+        "answers_too": {"trained_roles"},
+    }
+    if experiment.name.endswith("_rates"):
+        rate = {"optimizer.learning_rate"}
+        expected = {"start": set(), "rrr": set()}
+        for text in ("3e-5", "1e-5"):
+            expected |= {
+                f"rrr_{text}": rate,
+                f"no_reflection_{text}": rate | {"environment", "trained_roles"},
+            }
+            assert experiment.arm(f"rrr_{text}").changes["optimizer.learning_rate"] == float(text)
+    assert changes == expected
     for arm in experiment.arms:
         settings = experiment.settings(budget, arm, 0)
         assert isinstance(settings, ReflectRetryReward)
         task = make(settings.environment)
         inner = task.inner if isinstance(task, ReflectRetry) else task
-        assert inner == make(ONCE[experiment.name])
+        assert inner == make(ONCE[experiment.name.removesuffix("_rates")])
         # Somebody writes turns of the roles that are trained.
         reflects = isinstance(task, ReflectRetry) and task.reflection == "written"
         written = {"retry"} if isinstance(task, ReflectRetry) else {"assistant"}
@@ -344,7 +352,7 @@ def test_the_arms_differ_from_the_method_in_one_thing_each(experiment):
 
 
 def test_the_command_collects_failures_of_a_run(tmp_path, monkeypatch, capsys):
-    module = "whorl.recipes.reflect_retry_reward"
+    module = "whorl.recipes.reflect_retry_reward.__main__"
     run = replace(
         small_run(tmp_path, monkeypatch), settings=ReflectRetryReward(failed_queries=7, answers_per_query=3)
     )

@@ -26,8 +26,6 @@ class MinimaxM1(Settings):
         "32 problems x 8 rollouts a step; the paper's batch is not given",
         "a limit of 64 tokens, so the repetition stop, a run of 3,000 as in the paper, cannot fire; repetition_stop "
         "has it at scale",
-        "stale_updates on a GPU: a right worked answer of six terms has 33 tokens, and DAPO's length penalty, which no "
-        "other arm has, takes an eighth off its reward; so the share of DAPO's steps there is confounded",
         "without the length penalty of DAPO, which the paper took over: its length and its buffer are not given",
     )
     unsaid: ClassVar[tuple[str, ...]] = (
