@@ -332,6 +332,37 @@ def test_what_a_broken_start_said_is_found_in_its_own_log(tmp_path, monkeypatch,
     assert Path(log).read_text() == "it began" and ".starts" in log
 
 
+def test_a_trial_waits_for_its_own_start_and_for_no_other(tmp_path, monkeypatch, in_this_process):
+    """The start of seed 1 is longer on its way than all of seed 0 is, and ends without a result."""
+    told: list[str] = []
+
+    class SlowAtOne(Here):
+        def __init__(self, folder: Path, gpu: str | None = None):
+            task = json.loads((folder / "task.json").read_text())
+            self.name = f"{task['kind']} of seed {task['seed']}"
+            told.append(f"{self.name} begins")
+            self.looks = 3 if self.name == "start of seed 1" else 0
+            if self.looks:
+                self.stdin, self.returncode = io.BytesIO(), -signal.SIGKILL
+                (folder / "log.txt").write_text("it began")
+            else:
+                super().__init__(folder, gpu)
+
+        def poll(self) -> int | None:
+            self.looks -= 1
+            if self.looks > 0:
+                return None
+            told.append(f"{self.name} ends")
+            return super().poll()
+
+    monkeypatch.setattr("whorl.experiments.compare.start_process", SlowAtOne)
+    found = run_comparison(comparison(LOSSES, tmp_path, 2, ("grpo",)), 2, quiet)
+    assert told.index("trial of seed 0 begins") < told.index("start of seed 1 ends")
+    assert "trial of seed 1 begins" not in told
+    by_seed = {result.seed: result for result in found}
+    assert not by_seed[0].reason and "its start: its process was ended by SIGKILL" in by_seed[1].reason
+
+
 def test_a_damaged_file_of_results_is_named(tmp_path):
     for damage in ("[{", '[{"arm": "a"}]', '[{"values": {}, "at_least": [], "what": 1}]'):
         (tmp_path / "trials.json").write_text(damage)

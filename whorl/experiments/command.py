@@ -69,7 +69,7 @@ def carry_out(comparisons: Sequence[Comparison], jobs: int = 0, *, fresh: bool =
             results = run_comparison(comparison, at_once, board, fresh=fresh)
         for task in board.tasks:
             all_finished = all_finished and task.state == "finished"
-            if task.state == "broken":
+            if task.state == "broken" and task.kind == "trial":
                 console.print(f"{task.arm}, seed {task.seed}: see {task.log}", markup=False)
         console.print(verdicts_of(experiment, judge(experiment, results)))
         print(f"report: {write_report(comparison.place, experiment, results)}")

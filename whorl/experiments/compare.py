@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -141,8 +141,8 @@ def run_comparison(comparison: Comparison, jobs: int, show: Show, *, fresh: bool
     held = lock(comparison.working)
     done = _done_before(comparison, trials, fresh=fresh)
     starts = _starts_of(trials)
-    _carry_out(comparison, starts, jobs, show, lambda task: None)
     _write_description(comparison, done.values())
+    write_results(comparison.place, comparison.experiment, done.values())
 
     def keep(task: Task) -> None:
         """A result that its process left, or why there is none."""
@@ -158,24 +158,7 @@ def run_comparison(comparison: Comparison, jobs: int, show: Show, *, fresh: bool
         if task.process is not None:
             write_json(comparison.place / "machine.json", describe_machine() | {"code": code_digest()})
 
-    for task in [task for task in trials if task.start and task.state == "waiting"]:
-        assert task.start is not None
-        found = read_start(task.start / "start")
-        if found is None:
-            made = next((start for start in starts if start.folder == task.start), None)
-            task.state, task.note = (
-                "broken",
-                f"its start: {made.note if made else 'its process ended without a result'}",
-            )
-            task.log = task.start / "log.txt"
-        elif found.reason:
-            task.state, task.note = "failed", f"its start did not pass its gate: {found.reason}"
-        if task.state != "waiting":
-            keep(task)
-    write_results(comparison.place, comparison.experiment, done.values())
-    left = [task for task in trials if task.state == "waiting"]
-    _carry_out(comparison, left, jobs, lambda _: show(trials), keep)
-    show(trials)
+    _carry_out(comparison, starts, trials, jobs, show, keep)
     del held  # until here nobody else may work on it
     return list(done.values())
 
@@ -215,31 +198,64 @@ def _starts_of(trials: Sequence[Task]) -> list[Task]:
 
 
 def _carry_out(
-    comparison: Comparison, tasks: Sequence[Task], jobs: int, show: Show, keep: Callable[[Task], None]
+    comparison: Comparison,
+    starts: Sequence[Task],
+    trials: Sequence[Task],
+    jobs: int,
+    show: Show,
+    keep: Callable[[Task], None],
 ) -> None:
-    """Give every task a process, `jobs` at once, shared out evenly among the GPUs where there are several; `keep` is
-    called for each when it has ended.
+    """Give every start and every waiting trial a process, `jobs` at once, shared out evenly among the GPUs where there
+    are several. A trial waits for its start and no other; `keep` is called for each when it has ended.
     """
-    waiting, running = list(tasks), []
+    making = {start.folder: start for start in starts}
+    waiting, running = [*starts, *(task for task in trials if task.state == "waiting")], []
     gpus = visible_gpus() if comparison.budget == "gpu" else []
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
+            for task in [task for task in waiting if not _is_open(making, task.start)]:
+                if len(running) == jobs:
+                    break
+                waiting.remove(task)
+                if _is_refused(task, making):
+                    keep(task)
+                    continue
                 if gpus:
-                    waiting[0].gpu = min(gpus, key=[task.gpu for task in running].count)
-                running.append(_begin(comparison, waiting.pop(0)))
+                    task.gpu = min(gpus, key=[task.gpu for task in running].count)
+                running.append(_begin(comparison, task))
             time.sleep(POLL_SECONDS)
             for task in [task for task in running if task.process and task.process.poll() is not None]:
                 running.remove(task)
                 _conclude(task)
-                keep(task)
-            show(tasks)
+                if task.kind == "trial":
+                    keep(task)
+            show([*starts, *trials])
     finally:
         for task in running:
             assert task.process is not None and task.process.stdin is not None
             task.process.kill()
             task.process.wait()
             task.process.stdin.close()
+    show([*starts, *trials])
+
+
+def _is_open(making: Mapping[Path, Task], start: Path | None) -> bool:
+    """Whether this start is still being made, or will be."""
+    return start is not None and start in making and making[start].state in ("waiting", "running")
+
+
+def _is_refused(trial: Task, making: Mapping[Path, Task]) -> bool:
+    """Whether its start cannot be used, which the trial then says."""
+    if trial.kind == "start" or trial.start is None:
+        return False
+    found = read_start(trial.start / "start")
+    if found is None:
+        made = making.get(trial.start)
+        why = made.note if made else "its process ended without a result"
+        trial.state, trial.note, trial.log = "broken", f"its start: {why}", trial.start / "log.txt"
+    elif found.reason:
+        trial.state, trial.note = "failed", f"its start did not pass its gate: {found.reason}"
+    return trial.state != "waiting"
 
 
 def _begin(comparison: Comparison, task: Task) -> Task:

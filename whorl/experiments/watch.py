@@ -53,24 +53,31 @@ class Board:
 
 
 def table_of(tasks: Sequence[Task], seconds: float) -> Table:
-    """Arms down, seeds across; in each cell how far the trial is."""
-    seeds = sorted({task.seed for task in tasks})
-    title = "making starts" if any(task.kind == "start" for task in tasks) else "trials"
-    table = Table(title=f"{title}, {duration(seconds)}", title_justify="left")
+    """Arms down, seeds across; in each cell how far the trial is, or its start."""
+    starts = {task.folder: task for task in tasks if task.kind == "start"}
+    trials = {(task.arm, task.seed): task for task in tasks if task.kind == "trial"}
+    table = Table(title=f"trials, {duration(seconds)}", title_justify="left")
     table.add_column("arm")
+    seeds = sorted({seed for _, seed in trials})
     for seed in seeds:
         table.add_column(f"seed {seed}", no_wrap=True)
-    by_place = {(task.arm, task.seed): task for task in tasks}
-    for arm in dict.fromkeys(task.arm for task in tasks):
-        table.add_row(arm, *(_cell(by_place.get((arm, seed))) for seed in seeds))
+    for arm in dict.fromkeys(arm for arm, _ in trials):
+        row = [trials.get((arm, seed)) for seed in seeds]
+        table.add_row(
+            arm, *(_cell(task, starts.get(task.start) if task and task.start else None) for task in row)
+        )
     return table
 
 
-def _cell(task: Task | None) -> Text:
+def _cell(task: Task | None, start: Task | None) -> Text:
     if task is None:
         return Text("")
-    text = f"{task.state} {task.note}".rstrip()
-    if task.state == "running":
-        done, total, note = task.progress
-        text = f"{done}/{total} {note}".rstrip() if total else "starting"
+    if task.state == "waiting" and start is not None and start.state == "running":
+        return Text(visible(f"start {_progress(start)}")[:40], style=STYLES["running"])
+    text = _progress(task) if task.state == "running" else f"{task.state} {task.note}".rstrip()
     return Text(visible(text)[:40], style=STYLES[task.state])
+
+
+def _progress(task: Task) -> str:
+    done, total, note = task.progress
+    return f"{done}/{total} {note}".rstrip() if total else "starting"
