@@ -56,9 +56,9 @@ def draw_curves(experiment: Experiment, results: Sequence[Result]) -> bytes | No
                         low_T, high_T = within_bounds(name, mean_T, low_T, high_T)
                         panel.fill_between(x_T, low_T, high_T, color=colour, alpha=0.13, linewidth=0)
             panel.set_title(name, loc="left", fontsize=9)
-            panel.set_xlabel("generated tokens" if by_tokens else "step")
+            panel.set_xlabel("generated tokens" if by_tokens else experiment.rows_by)
             panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            if by_tokens:
+            if panel.get_xlim()[1] >= 10_000:
                 panel.xaxis.set_major_formatter(EngFormatter(sep=""))
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(axis="y", alpha=0.3, linewidth=0.6)

@@ -96,6 +96,7 @@ class Experiment:
             the start is taught on need not be what the arms are trained on. gpu_start None: the same at both budgets.
         trial: what one arm at one seed does; by default it trains a run.
         curves: metrics of rows that are kept of every trial and drawn.
+        rows_by: what the `step` of a row counts, if not steps of training.
         scale: what a trial is, in a phrase, where its settings' steps and rollouts do not say it: nothing is trained,
             or not by steps.
     """
@@ -113,6 +114,7 @@ class Experiment:
     gpu_start: Mapping[str, Any] | None = None
     trial: Callable[[Trial], Outcome] = train_run
     curves: tuple[str, ...] = ("eval_accuracy", "accuracy", "entropy_nats", "response_tokens")
+    rows_by: str = "step"
     scale: str = ""
 
     def __post_init__(self) -> None:

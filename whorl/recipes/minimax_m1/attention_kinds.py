@@ -104,4 +104,5 @@ EXPERIMENT = Experiment(
     trial=teach,
     scale="models of 1.9M parameters, 400 supervised updates on 64 demonstrations each, no reinforcement",
     curves=("supervised_accuracy", "supervised_loss"),
+    rows_by="update of the cold start",
 )  # fmt: skip

@@ -158,4 +158,5 @@ EXPERIMENT = Experiment(
     trial=count_or_time,
     scale="FLOPs counted for the published shapes; times of models of m1-nano's width with 8 layers, untrained",
     curves=("petaflops_to_128k", "petaflops_to_1m", "token_milliseconds", "token_mflops"),
+    rows_by="tokens of context",
 )  # fmt: skip
