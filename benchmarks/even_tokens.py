@@ -29,5 +29,4 @@ class EvenTokens(Environment):
         return Problem(str(index), "".join(letters))
 
     def verify(self, problem: Problem, rollout: Rollout) -> Score:
-        written = rollout.tokens_T[rollout.policy_T].tolist()
-        return Score(sum(token % 2 == 0 for token in written) / len(written))
+        return Score(float((rollout.tokens_T[rollout.policy_T] % 2 == 0).mean()))

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from tests.learning.support import relative
 from whorl.kernels.logprob import token_logprobs
-from whorl.model.attention import RMSNorm, rotate
+from whorl.model.attention import RMSNorm
 from whorl.model.experts import swiglu
+from whorl.model.rotation import rotate
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -59,6 +60,41 @@ def test_the_norm_and_its_gradients_are_those_of_pytorch(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (3.5, 1.0), (0.5, 2.5)])
+@pytest.mark.parametrize("shape", [(5, 24), (3, 2, 40), (2, 3000), (1100, 8)])
+def test_a_sum_and_its_norm_and_their_gradients_are_those_of_pytorch(shape, alpha, beta, outputs, dtype):
+    def rounded(x):
+        """What a tensor holds of x, with the gradient of x."""
+        return x + (x.detach().to(dtype) - x.detach())
+
+    def plain(x, branch, w):
+        total = rounded(alpha * x + rounded(beta * branch))
+        return total, F.rms_norm(total, w.shape, w, 1e-5)
+
+    def chosen(made):
+        """Which of the two outputs is used: the other has no gradient then."""
+        return torch.cat([made[i] for i in outputs])
+
+    inputs = [values(*shape, dtype=dtype, seed=seed) for seed in (0, 1)]
+    weight = values(shape[-1], dtype=dtype, seed=2)
+    if outputs == (0,):  # of which the weight has no part
+        both(
+            lambda x, b: chosen(fused_triton.add_norm(x, b, alpha, beta, weight, 1e-5)),
+            lambda x, b: chosen(plain(x, b, weight.double())),
+            inputs,
+            dtype,
+        )
+        return
+    both(
+        lambda x, b, w: chosen(fused_triton.add_norm(x, b, alpha, beta, w, 1e-5)),
+        lambda x, b, w: chosen(plain(x, b, w)),
+        [*inputs, weight],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "width", "rotary"), [(3, 8, 8), (4, 24, 12), (2, 40, 10)])
 def test_heads_are_turned_as_pytorch_turns_them_and_gradients_turned_back(heads, width, rotary, dtype):
     angle = values(7, 1, rotary // 2, dtype=torch.float32, seed=2)
@@ -91,19 +127,24 @@ def test_in_bf16_values_are_rounded_where_pytorch_rounds_them():
     assert (fused_triton.swiglu(x) != F.silu(gate) * up).float().mean() < 1e-3
     plain = F.rms_norm(x.float(), (128,), None, 1e-5).to(x.dtype) * weight
     assert (fused_triton.rms_norm(x, weight, 1e-5) != plain).float().mean() < 1e-3
+    total, normed = fused_triton.add_norm(x, x.flip(0), 1.0, 1.0, weight, 1e-5)
+    assert torch.equal(total, x + x.flip(0))
+    assert torch.equal(normed, fused_triton.rms_norm(total, weight, 1e-5))
 
 
 def test_the_fused_forms_are_what_a_bf16_model_on_a_gpu_runs(monkeypatch):
     called = []
-    monkeypatch.setattr("whorl.model.attention.fuses", lambda x: True)
-    monkeypatch.setattr("whorl.model.experts.fuses", lambda x: True)
+    for module in ("attention", "rotation", "experts"):
+        monkeypatch.setattr(f"whorl.model.{module}.fuses", lambda x: True)
     for name in ("rms_norm", "rotate", "swiglu"):
         monkeypatch.setattr(fused_triton, name, lambda x, *rest, name=name: called.append(name) or x)
+    monkeypatch.setattr(fused_triton, "add_norm", lambda x, *rest: called.append("add_norm") or (x, x))
     x = torch.zeros(2, 1, 8, dtype=torch.bfloat16)
     RMSNorm(8, 1e-5)(x)
+    RMSNorm(8, 1e-5).of_sum(x, x, 1.0, 1.0)
     rotate(x, x, x)
     swiglu(x)
-    assert called == ["rms_norm", "rotate", "swiglu"]
+    assert called == ["rms_norm", "add_norm", "rotate", "swiglu"]
 
 
 @pytest.fixture

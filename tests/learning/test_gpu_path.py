@@ -39,6 +39,7 @@ def as_on_a_gpu(monkeypatch):
         "kernels.logprob",
         "model.attention",
         "model.experts",
+        "model.rotation",
         "model.transformer",
     ):
         monkeypatch.setattr(f"whorl.{place}.fuses", lambda x: x.dtype == torch.float32)
@@ -49,7 +50,7 @@ def as_on_a_gpu(monkeypatch):
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None, **rest: mm(a, b, **rest))
     for module, names in (
-        (fused_triton, ("rms_norm", "rotate", "swiglu")),
+        (fused_triton, ("rms_norm", "add_norm", "rotate", "swiglu")),
         (packed_triton, ("attend", "attend_backward")),
         (logprob_triton, ("token_logprobs_bf16",)),
     ):
@@ -66,7 +67,7 @@ def test_an_update_through_the_kernels_is_that_of_the_plain_path(as_on_a_gpu, mo
     learner.model.checkpoint_activations = True
     learner.forward_backward(batch, CISPO.terms)
     assert as_on_a_gpu == {
-        "rms_norm", "rotate", "swiglu", "attend", "attend_backward", "token_logprobs_bf16",
+        "rms_norm", "add_norm", "rotate", "swiglu", "attend", "attend_backward", "token_logprobs_bf16",
     }  # fmt: skip
     monkeypatch.undo()
     plain = tiny_learner(config=CONFIG, dtype=torch.float32)

@@ -1,4 +1,5 @@
-"""What stands between the matrix products of a block, each in one pass over its tensors: RMSNorm, rotation, SwiGLU.
+"""What stands between the matrix products of a block, each in one pass over its tensors: RMSNorm with the sum before
+it, rotation, SwiGLU.
 
 In PyTorch's own kernels a norm in bf16 reads and writes every element five times over and keeps an fp32 copy for the
 backward pass. Here it reads and writes it once and keeps its input. Values are rounded where PyTorch's operations
@@ -25,14 +26,21 @@ PROGRAMS = 528
 @triton.jit
 @no_type_check
 def _norm(
-    x, weight, out, inverse, num_rows, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
-):
+    x, branch, alpha, beta, weight, total, out, inverse, num_rows, eps,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
+    """The norm of x, or with ADDS of alpha x + beta branch, which is stored, too."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)
     there = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
     place = row[:, None] * WIDTH + column[None, :]
     dtype = x.dtype.element_ty
     values = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    if ADDS:
+        added = tl.load(branch + place, mask=there, other=0.0).to(tl.float32)
+        summed = ((added * beta).to(dtype).to(tl.float32) + values * alpha).to(dtype)
+        tl.store(total + place, summed, mask=there)
+        values = summed.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, axis=1) / WIDTH + eps)
     normed = (values * scale[:, None]).to(dtype).to(tl.float32)
     by = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -43,10 +51,12 @@ def _norm(
 @triton.jit
 @no_type_check
 def _norm_backward(
-    grad, x, weight, inverse, grad_x, grad_weight, num_rows,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    grad, x, weight, inverse, grad_past, grad_x, grad_weight, num_rows,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, HAS_PAST: tl.constexpr,
 ):  # fmt: skip
-    """dx = s (g w - y mean(g w y)) with y = s x; each program adds up g y over its rows."""
+    """dx = s (g w - y mean(g w y)) with y = s x; each program adds up g y over its rows.
+
+    With HAS_PAST, what reaches x past the norm is added."""
     column = tl.arange(0, PADDED)
     by = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     dtype = x.dtype.element_ty
@@ -58,10 +68,13 @@ def _norm_backward(
         g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
         scale = tl.load(inverse + row, mask=row < num_rows, other=0.0)
         y = tl.load(x + place, mask=there, other=0.0).to(tl.float32) * scale[:, None]
-        added += tl.sum(g * y.to(dtype).to(tl.float32), axis=0)
+        added += tl.sum(g * y, axis=0)
         g = g * by[None, :]
         along = tl.sum(g * y, axis=1) / WIDTH
-        tl.store(grad_x + place, ((g - y * along[:, None]) * scale[:, None]).to(dtype), mask=there)
+        g = (g - y * along[:, None]) * scale[:, None]
+        if HAS_PAST:
+            g += tl.load(grad_past + place, mask=there, other=0.0).to(tl.float32)
+        tl.store(grad_x + place, g.to(dtype), mask=there)
     tl.store(grad_weight + tl.program_id(0) * WIDTH + column, added, mask=column < WIDTH)
 
 
@@ -126,6 +139,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[return-value]
 
 
+def add_norm(
+    x: Tensor, branch: Tensor, alpha: float, beta: float, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """alpha x + beta branch, and the norm of that, with gradients of all three. Shapes `[..., D]`."""
+    return _AddNorm.apply(x, branch, alpha, beta, weight, eps)  # type: ignore[return-value]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The leading dimensions of heads x `[N, H, K]` turned by cos and sin `[N, 1, rotary]`, with gradient of x."""
     return _Rotate.apply(x, cos, sin)  # type: ignore[return-value]
@@ -139,43 +159,74 @@ def swiglu(gate_up: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()
-        width = x.shape[-1]
-        num_rows = x.numel() // width
-        out = torch.empty_like(x)
-        inverse = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-        padded, rows, warps = _tiles(width)
-        _run(
-            _norm,
-            triton.cdiv(num_rows, rows),
-            warps,
-            x,
-            weight,
-            out,
-            inverse,
-            num_rows,
-            eps,
-            width,
-            padded,
-            rows,
-        )
+        x, out, inverse = _normed(x, None, 1.0, 1.0, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        grad, width = grads[0].contiguous(), x.shape[-1]
-        grad_x = torch.empty_like(x)
-        padded, rows, warps = _tiles(width)
-        programs = min(PROGRAMS, triton.cdiv(len(inverse), rows))
-        parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-        _run(
-            _norm_backward, programs, warps, grad, x, weight, inverse, grad_x, parts, len(inverse), width, padded,
-            rows,
-        )  # fmt: skip
-        return grad_x, parts.sum(dim=0) if ctx.needs_input_grad[1] else None, None
+        grad_x, grad_weight = _norm_gradient(grads[0], None, *ctx.saved_tensors)
+        return grad_x, grad_weight if ctx.needs_input_grad[1] else None, None
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor, alpha: float, beta: float, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, out, inverse = _normed(x, branch, alpha, beta, weight, eps)
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.factors = alpha, beta
+        ctx.set_materialize_grads(False)
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        past, grad = grads
+        if grad is None:
+            total, grad_weight = past, None
+        else:
+            total, grad_weight = _norm_gradient(grad, past, *ctx.saved_tensors)
+        if total is None:
+            return None, None, None, None, None, None
+        into_x, into_branch = (total if factor == 1 else factor * total for factor in ctx.factors)
+        return into_x, into_branch, None, None, grad_weight if ctx.needs_input_grad[4] else None, None
+
+
+def _normed(
+    x: Tensor, branch: Tensor | None, alpha: float, beta: float, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is normed (x, or its sum with the branch), its norm, and 1 / sqrt(mean square + eps) of every row."""
+    x = x.contiguous()
+    width = x.shape[-1]
+    num_rows = x.numel() // width
+    out = torch.empty_like(x)
+    total = x if branch is None else torch.empty_like(x)
+    inverse = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    padded, rows, warps = _tiles(width)
+    _run(
+        _norm, triton.cdiv(num_rows, rows), warps, x, x if branch is None else branch.contiguous(), alpha, beta,
+        weight, total, out, inverse, num_rows, eps, width, padded, rows, branch is not None,
+    )  # fmt: skip
+    return total, out, inverse
+
+
+def _norm_gradient(
+    grad: Tensor, past: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of what was normed, `past` included, and of the weight."""
+    grad, width = grad.contiguous(), x.shape[-1]
+    grad_x = torch.empty_like(x)
+    padded, rows, warps = _tiles(width)
+    programs = min(PROGRAMS, triton.cdiv(len(inverse), rows))
+    parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    _run(
+        _norm_backward, programs, warps, grad, x, weight, inverse, x if past is None else past.contiguous(), grad_x,
+        parts, len(inverse), width, padded, rows, past is not None,
+    )  # fmt: skip
+    return grad_x, parts.sum(dim=0)
 
 
 class _Rotate(torch.autograd.Function):

@@ -1,6 +1,5 @@
 """The two kinds of attention, each with one definition for training, prefill and decode."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +11,9 @@ from whorl.kernels.lightning import lightning, lightning_decode, on_gpu, slopes
 from whorl.kernels.where import fuses
 from whorl.model.config import ModelConfig
 from whorl.model.layout import Fork, Layout, within
-from whorl.model.rope import inverse_frequencies
+from whorl.model.rotation import rotate
 from whorl.model.state import State
+from whorl.model.together import side_by_side
 
 
 class RMSNorm(nn.Module):
@@ -33,6 +33,20 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
+    def of_sum(self, x: Tensor, branch: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+        """alpha x + beta branch, and its norm: where a branch joins the residual stream."""
+        if fuses(x):
+            from whorl.kernels import fused_triton
+
+            return fused_triton.add_norm(x, branch, alpha, beta, self.weight, self.eps)
+        total = weighted_sum(x, branch, alpha, beta)
+        return total, self(total)
+
+
+def weighted_sum(x: Tensor, branch: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha x + beta branch."""
+    return torch.add(branch if beta == 1 else beta * branch, x, alpha=alpha)
+
 
 @dataclass
 class Step:
@@ -46,7 +60,8 @@ class Step:
     """
 
     layout: Layout | Fork
-    rotation: tuple[Tensor, Tensor]
+    rotation: tuple[Tensor, Tensor] | None
+    """Of every token; None where the state's table is read (a decode step on a GPU)."""
     state: State | None = None
     slots: Tensor | None = None
     start_S: Tensor | None = None
@@ -83,6 +98,11 @@ class LightningAttention(nn.Module):
         self.slopes = (config.num_heads, layer, config.num_layers)
         self._slope_H: Tensor | None = None
 
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """What a token is multiplied with first."""
+        return self.qkv_proj, self.output_gate
+
     def slope_H(self, device: torch.device) -> Tensor:
         """fp32 slopes. Not a buffer, so that casting the model to bf16 cannot touch them."""
         if self._slope_H is None or self._slope_H.device != device:
@@ -97,7 +117,7 @@ class LightningAttention(nn.Module):
             from whorl.kernels.decode_triton import lightning_step
 
             assert step.state is not None
-            projected, gate = side_by_side(x, self.qkv_proj, self.output_gate)
+            projected, gate = side_by_side(x, self.projections)
             projected = projected.view(N, H, 3 * K)
             states = step.state.lightning[self.index][:N]
             slope_H, norm = self.slope_H(x.device), self.norm
@@ -145,63 +165,6 @@ class LightningAttention(nn.Module):
         return layout.unpad(rows.permute(0, 2, 1, 3)), final
 
 
-@functools.cache
-def _side_streams(device: torch.device) -> list[torch.cuda.Stream]:
-    return [torch.cuda.Stream(device) for _ in range(2)]
-
-
-def side_by_side(x: Tensor, first: nn.Module, *others: nn.Module) -> list[Tensor]:
-    """What each module makes of x. In a captured graph they run at the same time.
-
-    A decode step's projections are too small to fill a GPU: of 128 rows the keys' and the values' of 2 heads take 4 us
-    each, the queries' 5, and together hardly longer. (Outside a graph, streams would have to mind whose memory it is.)
-    """
-    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return [first(x), *(module(x) for module in others)]
-    main = torch.cuda.current_stream()
-    streams = _side_streams(x.device)[: len(others)]
-    made = []
-    for module, stream in zip(others, streams, strict=True):
-        stream.wait_stream(main)
-        with torch.cuda.stream(stream):
-            made.append(module(x))
-    made.insert(0, first(x))
-    for stream in streams:
-        main.wait_stream(stream)
-    return made
-
-
-def rotation(config: ModelConfig, position_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin `[N, 1, rotary]` of the rotary embedding: angles in float64, rounded once to `dtype`."""
-    scaling = config.rope_scaling
-    inverse = inverse_frequencies(config.rotary, config.rope_theta, scaling, position_N.device)
-    angle = position_N[:, None].to(torch.float64) * inverse
-    angle = torch.cat([angle, angle], dim=-1)[:, None, :]
-    cos, sin = angle.cos(), angle.sin()
-    if scaling is not None and scaling.amplitude != 1:
-        cos, sin = cos * scaling.amplitude, sin * scaling.amplitude
-    return cos.to(dtype), sin.to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading `rotary` dimensions of each head, halves paired (NeoX), the rest unchanged.
-
-    x `[N, H, K]`; arXiv:2104.09864 Eq. 34 in the half-split arrangement of the checkpoints.
-    """
-    rotary = cos.shape[-1]
-    if rotary == 0:
-        return x
-    if fuses(x):
-        from whorl.kernels import fused_triton
-
-        return fused_triton.rotate(x, cos, sin)
-    head, rest = x[..., :rotary], x[..., rotary:]
-    half = rotary // 2
-    turned = torch.cat([-head[..., half:], head[..., :half]], dim=-1)
-    rotated = head * cos + turned * sin
-    return rotated if rotary == x.shape[-1] else torch.cat([rotated, rest], dim=-1)
-
-
 class SoftmaxAttention(nn.Module):
     """Causal attention with grouped heads, partial rotary embedding, scale 1/sqrt(K), and if configured a
     window: a query sees itself and the `window - 1` tokens before it."""
@@ -220,13 +183,12 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         N, K = len(x), self.head_dim
-        q, k, v = side_by_side(x, self.q_proj, self.k_proj, self.v_proj)
-        q = q.view(N, self.num_heads, K)
-        k, v = k.view(N, self.kv_heads, K), v.view(N, self.kv_heads, K)
+        if step.rotation is None:
+            return self.o_proj(self._decode_on_gpu(x, step).view(N, self.num_heads * K))
+        q = self.q_proj(x).view(N, self.num_heads, K)
+        k, v = (proj(x).view(N, self.kv_heads, K) for proj in (self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if step.decode and on_gpu(q):
-            return self.o_proj(self._decode_on_gpu(q, k, v, step).reshape(N, self.num_heads * K))
         q, k = rotate(q, *step.rotation), rotate(k, *step.rotation)
         if step.decode:
             out = self._decode(q, k, v, step)
@@ -248,6 +210,11 @@ class SoftmaxAttention(nn.Module):
         else:
             out, _, _ = self._causal(q, k, v, step.layout)
         return self.o_proj(out.reshape(N, self.num_heads * K))
+
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """What a token is multiplied with first."""
+        return self.q_proj, self.k_proj, self.v_proj
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Packed rows that begin at position 0: outputs `[N, H, K]`, and keys and values as padded rows."""
@@ -293,14 +260,32 @@ class SoftmaxAttention(nn.Module):
         scores = scores.masked_fill(~seen[:, None, None, :], float("-inf"))
         return (scores.softmax(dim=-1) @ values[:S, :, :limit]).view(S, H, K)
 
-    def _decode_on_gpu(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        """The same in kernels that read all lengths where they lie. q and k are not rotated yet."""
+    def _decode_on_gpu(self, x: Tensor, step: Step) -> Tensor:
+        """The same, and what is before it, in two launches that read all lengths where they lie: `[S, H, K]`."""
         from whorl.kernels.attend_triton import attend_step
 
-        assert step.state is not None
+        state = step.state
+        assert state is not None and state.rotation is not None
         assert step.start_S is not None
-        keys, values = step.state.keys[self.index], step.state.values[self.index]
-        return attend_step(q, k, v, step.rotation, keys, values, step.start_S, step.live_S, self.window)
+        S, K = len(x), self.head_dim
+        q, k, v = (made.view(S, -1, K) for made in side_by_side(x, self.projections))
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        keys, values = state.keys[self.index], state.values[self.index]
+        return attend_step(
+            q,
+            k,
+            v,
+            state.rotation,
+            keys,
+            values,
+            step.start_S,
+            step.live_S,
+            self.window,
+            state.arrived,
+            norms,
+        )
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """Several new tokens per sequence after what its slot holds; the cache is extended."""

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whorl.kernels.lightning import on_gpu
 from whorl.model.config import ModelConfig
+from whorl.model.rotation import rotation
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,20 @@ class State:
         row = (config.kv_heads, self.capacity, config.head_dim)
         self.keys = [torch.zeros(num_slots, *row, dtype=dtype, device=device) for _ in range(num_softmax)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        """What the kernels of a decode step read beside the cache: cos and sin of every position, and counters.
+
+        They belong to the state because a captured graph reads them where they lie.
+        """
+        self.rotation: tuple[Tensor, Tensor] | None = None
+        self.arrived = self.length.new_zeros(self.num_slots * self.config.kv_heads, dtype=torch.int32)
+        """0 but while a kernel runs: how many programs of a row and key head are done."""
+        if self.keys and on_gpu(self.keys[0][:0, 0]):
+            place = torch.arange(self.capacity, device=self.length.device)
+            cos, sin = rotation(self.config, place, self.keys[0].dtype)
+            self.rotation = cos[:, 0].contiguous(), sin[:, 0].contiguous()
 
     def reserve(self, length: int) -> None:
         """Make room for sequences of `length` tokens (doubling, up to the model's context)."""
@@ -75,6 +91,7 @@ class State:
                 new[:num_kept, :, :length] = old[:num_kept, :, :length]
                 rows[layer] = new
         self.num_slots, self.capacity = num_slots, capacity
+        self._make_tables()
 
     def snapshot(self, slot: int) -> Snapshot:
         """A copy of the slot that later decoding does not touch."""

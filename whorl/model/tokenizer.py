@@ -178,10 +178,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Text of the ids without special tokens. Bytes that are not UTF-8 become U+FFFD."""
-        values = [int(index) for index in ids]
-        for index in values:
-            self._check_id(index)
-        return self._inner.decode([index for index in values if index < len(self._text_tokens)])
+        values = np.array(ids if isinstance(ids, np.ndarray | list) else list(ids), dtype=np.int64)
+        for index in (values.min(), values.max()) if len(values) else ():
+            self._check_id(int(index))
+        return self._inner.decode(values[values < len(self._text_tokens)].tolist())
 
     def token_text(self, index: int) -> str:
         """How one token looks in a display: as it is if printable, else escaped (`\\n`, `\\xe2`)."""

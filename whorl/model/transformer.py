@@ -1,6 +1,8 @@
 """The transformer: one definition for training, prefill and decode."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from whorl.kernels.where import fuses
 from whorl.model.adapter import AdaptedLinear, Lora, linear_in, products
-from whorl.model.attention import LightningAttention, RMSNorm, SoftmaxAttention, Step, rotation
+from whorl.model.attention import LightningAttention, RMSNorm, SoftmaxAttention, Step, weighted_sum
 from whorl.model.config import ModelConfig
 from whorl.model.experts import DenseFeedForward, Experts, Routing
 from whorl.model.layout import Fork, Layout, offsets
+from whorl.model.rotation import rotation
 from whorl.model.state import State
 
 
@@ -21,6 +24,27 @@ class Hidden:
 
     hidden_ND: Tensor
     routing: list[Routing]
+
+
+class Stream(NamedTuple):
+    """The residual stream, and the branch that is to join it: what is normed next is alpha x + beta branch."""
+
+    x: Tensor
+    branch: Tensor | None = None
+    factors: tuple[float, float] = (1.0, 1.0)
+
+    def normed(self, norm: RMSNorm, post: bool) -> tuple["Stream", Tensor]:
+        """The norm of the sum, and the stream that goes on: the sum, or with `post` its norm."""
+        if self.branch is None:
+            total, normed = self.x, norm(self.x)
+        else:
+            total, normed = norm.of_sum(self.x, self.branch, *self.factors)
+        return Stream(normed if post else total), normed
+
+    def joined(self) -> "Stream":
+        if self.branch is None:
+            return self
+        return Stream(weighted_sum(self.x, self.branch, *self.factors))
 
 
 class Block(nn.Module):
@@ -43,24 +67,20 @@ class Block(nn.Module):
             self.self_attn = SoftmaxAttention(config, index)
         self.feed_forward = Experts(config) if layer in config.expert_layers else DenseFeedForward(config)
         self.post = config.residual == "post"
-        self.attention_factors = config.residual_factors(kind)
-        self.feed_forward_factors = config.residual_factors("feed_forward")
+        plain = (1.0, 1.0)
+        self.attention_factors = config.residual_factors(kind) if self.post else plain
+        self.feed_forward_factors = config.residual_factors("feed_forward") if self.post else plain
 
     def forward(
-        self, x: Tensor, step: Step, replay_Nk: Tensor | None = None
-    ) -> tuple[Tensor, Routing | None]:
-        normed = self.input_layernorm(x)
-        attended = self.self_attn(normed, step)
-        x = _joined(normed, attended, *self.attention_factors) if self.post else x + attended
-        normed = self.post_attention_layernorm(x)
+        self, stream: Stream, step: Step, replay_Nk: Tensor | None = None
+    ) -> tuple[Stream, Routing | None]:
+        stream, normed = stream.normed(self.input_layernorm, self.post)
+        stream = stream._replace(branch=self.self_attn(normed, step), factors=self.attention_factors)
+        stream, normed = stream.normed(self.post_attention_layernorm, self.post)
         fed, routing = (
             self.feed_forward(normed) if replay_Nk is None else self.feed_forward(normed, replay_Nk)
         )
-        return (_joined(normed, fed, *self.feed_forward_factors) if self.post else x + fed), routing
-
-
-def _joined(normed: Tensor, branch: Tensor, alpha: float, beta: float) -> Tensor:
-    return torch.add(branch if beta == 1 else beta * branch, normed, alpha=alpha)
+        return stream._replace(branch=fed, factors=self.feed_forward_factors), routing
 
 
 class Transformer(nn.Module):
@@ -98,6 +118,12 @@ class Transformer(nn.Module):
                 values = torch.randn(parameter.shape, generator=generator) * self.config.init_std
                 parameter.copy_(values)
         return self
+
+    def projections(self) -> Iterator[tuple[nn.Module, ...]]:
+        """Of every layer, what its attention multiplies a token with first."""
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block.self_attn.projections
 
     @property
     def num_parameters(self) -> int:
@@ -150,7 +176,7 @@ class Transformer(nn.Module):
         if live_S is None:
             end = int(start_S.max()) + 1
             state.reserve(end)
-        rotation = self._rotation(start_S)
+        rotation = self._rotation(start_S) if state.rotation is None else None
         step = Step(_ONE_TOKEN, rotation, state, None, start_S, decode=True, live_S=live_S, key_limit=end)
         hidden = self._run(tokens_S, step)
         state.length[:S] += 1 if live_S is None else live_S
@@ -160,7 +186,7 @@ class Transformer(nn.Module):
         return rotation(self.config, position_N, self.embed_tokens.weight.dtype)
 
     def _run(self, tokens_N: Tensor, step: Step, replay_NLk: Tensor | None = None) -> Hidden:
-        x = self.embed_tokens(tokens_N)
+        stream = Stream(self.embed_tokens(tokens_N))
         routings: list[Routing] = []
         again = self.checkpoint_activations and torch.is_grad_enabled()
         step.kept = {} if again else None
@@ -169,14 +195,15 @@ class Transformer(nn.Module):
             if replay_NLk is not None and isinstance(block.feed_forward, Experts):
                 replay_Nk = replay_NLk[:, len(routings)]
             if again:
-                x, routing = checkpoint(
-                    block, x, step, replay_Nk, use_reentrant=False, preserve_rng_state=False
+                # Joined first, so that one tensor is kept and not two.
+                stream, routing = checkpoint(
+                    block, stream.joined(), step, replay_Nk, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x, routing = block(x, step, replay_Nk)
+                stream, routing = block(stream, step, replay_Nk)
             if routing is not None:
                 routings.append(routing)
-        return Hidden(self.norm(x), routings)
+        return Hidden(stream.normed(self.norm, post=False)[1], routings)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[..., V]` of hidden states `[..., D]`."""

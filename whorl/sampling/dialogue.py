@@ -162,7 +162,7 @@ class Dialogue:
         if not self._keep_state:
             self._unread = tuple(self._tokens)  # a further turn would read everything again
         self._stop = completion.stop
-        text = self._tokenizer.decode(self._tokens[start:])
+        text = self._tokenizer.decode(completion.tokens)
         if completion.stop == "stop_string":
             text = text[: min(i for s in sampling.stop_strings if (i := text.find(s)) >= 0)]
         self._transcript.append(Turn(role, text, True, start, len(self._tokens), completion.stop))

@@ -22,6 +22,7 @@ from torch import Tensor
 from whorl.kernels.draw_triton import COLUMNS, Turns, draw_step, draw_uniforms, take_step
 from whorl.model.adapter import Adapter
 from whorl.model.state import Snapshot
+from whorl.model.together import lie_together
 from whorl.model.transformer import Transformer
 from whorl.sampling.draw import DrawSettings, Sampling, draw
 from whorl.sampling.request import Running
@@ -65,6 +66,7 @@ class DeviceWriter:
         stop_tokens: list[int],
     ):
         self.model, self._rows, self._table, self._experts = model, rows, table, experts
+        lie_together(model.projections())
         self.state = new_state(model, 1, capacity=64)
         max_running = len(table.count)
         self._device = self.state.length.device
