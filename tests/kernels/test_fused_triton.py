@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.learning.support import relative
+from tests.learning.support import fp32_product, relative
 from whorl.kernels.logprob import token_logprobs
 from whorl.model.attention import RMSNorm
 from whorl.model.experts import swiglu
@@ -152,9 +152,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(logprob_triton, "MAX_LOGITS", 256 * 12)  # several blocks, the last ragged
     monkeypatch.setattr(logprob_triton, "TILE", 128)
     if not ON_GPU:
-        monkeypatch.setattr(logprob_triton, "_product", lambda a, b, out: torch.mm(a, b, out=out))
-        mm = torch.mm
-        monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None, **rest: mm(a, b, **rest))
+        monkeypatch.setattr(logprob_triton, "_product", fp32_product)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32] if not ON_GPU else [torch.bfloat16])

@@ -123,3 +123,8 @@ def gradient_of(learner: Learner) -> Tensor:
 def relative(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b| in the Euclidean norm."""
     return float((a - b).norm() / b.norm())
+
+
+def fp32_product(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> Tensor:
+    """In place of `logprob_triton._product`, for which PyTorch has no kernel on a CPU."""
+    return out.addmm_(a, b) if adds else torch.mm(a, b, out=out)

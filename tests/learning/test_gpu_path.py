@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.learning.support import (
+    fp32_product,
     gradient_of,
     groups_with_prompts,
     relative,
@@ -46,9 +47,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(packed, "takes", lambda q: True)
     for name, tiles in (("FORWARD", (32, 16)), ("QUERIES", (32, 16)), ("KEYS", (16, 32))):
         monkeypatch.setattr(packed_triton, name, {"BM": tiles[0], "BN": tiles[1]})
-    monkeypatch.setattr(logprob_triton, "_product", lambda a, b, out: torch.mm(a, b, out=out))
-    mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None, **rest: mm(a, b, **rest))
+    monkeypatch.setattr(logprob_triton, "_product", fp32_product)
     for module, names in (
         (fused_triton, ("rms_norm", "add_norm", "rotate", "swiglu")),
         (packed_triton, ("attend", "attend_backward")),

@@ -21,6 +21,9 @@ from whorl.kernels.lightning_triton import launch, multiprocessors
 SPLIT = 512
 """Keys of one cut."""
 
+TILE, WARPS, STAGES = 64, 4, 3
+"""Keys of a step of the loop over a cut in bf16, warps of a program, and steps that are loaded ahead."""
+
 FEW = 8
 """Cuts that are joined one after the other. If a cache has no more, that needs no launch of its own."""
 
@@ -98,8 +101,8 @@ def _attend(
     q, q_row, k, k_row, v, v_row, cos, sin, q_weight, k_weight, eps, keys, values, length, live,
     highest, total, sums, arrived, out, capacity, num_cuts, workers, scale,
     KV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, ROTARY: tl.constexpr,
-    QUERIES: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, HAS_LIVE: tl.constexpr,
-    HAS_NORM: tl.constexpr, JOINS: tl.constexpr,
+    QUERIES: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_LIVE: tl.constexpr, HAS_NORM: tl.constexpr, JOINS: tl.constexpr,
 ):  # fmt: skip
     """Every `workers`-th cut of one sequence and key head: maximum, sum of exp, and exp-weighted values.
 
@@ -125,12 +128,21 @@ def _attend(
             q + sequence * q_row + head * GROUP * K, of_group, inside, cos, sin, q_weight, eps,
             K, ROWS, ROTARY, HAS_NORM,
         )  # fmt: skip
+        # The newest key and value are read here by all, so that who needs them does not wait at the end.
+        alone = (i < K)[None, :]
+        new_k = _turned(
+            k + sequence * k_row + head * K, tl.zeros((1, 1), tl.int32), alone, cos, sin, k_weight, eps,
+            K, ROWS, ROTARY, HAS_NORM,
+        )  # fmt: skip
+        new_v = tl.load(v + sequence * v_row + head * K + i[None, :], mask=alone, other=0.0)
         row = unit * capacity
         for cut in range(first + worker, last, workers):
             m = tl.full((QUERIES,), float("-inf"), tl.float32)
             summed = tl.zeros((QUERIES,), tl.float32)
             weighted = tl.zeros((QUERIES, ROWS), tl.float32)
-            for start in range(cut * SPLIT, tl.minimum(cut * SPLIT + SPLIT, newest), TILE):
+            for start in tl.range(
+                cut * SPLIT, tl.minimum(cut * SPLIT + SPLIT, newest), TILE, num_stages=STAGES
+            ):
                 place = start + t
                 seen = (place >= begin) & (place < newest)
                 offsets = (row + place)[:, None] * K + i[None, :]
@@ -148,13 +160,6 @@ def _attend(
                 weighted = tl.dot(p.to(v_tile.dtype), v_tile, acc=weighted, input_precision="ieee")
                 m = higher
             if cut == last - 1:
-                alone = (i < K)[None, :]
-                of_one = tl.zeros((1, 1), tl.int32)
-                new_k = _turned(
-                    k + sequence * k_row + head * K, of_one, alone, cos, sin, k_weight, eps,
-                    K, ROWS, ROTARY, HAS_NORM,
-                )  # fmt: skip
-                new_v = tl.load(v + sequence * v_row + head * K + i[None, :], mask=alone, other=0.0)
                 at = (row + newest) * K + i[None, :]
                 tl.store(keys + at, new_k, mask=alone)
                 tl.store(values + at, new_v, mask=alone)
@@ -273,14 +278,14 @@ def attend_step(
     out = q.new_empty(S, H, K)
     # Enough programs to fill the GPU. How many changes who computes a cut, not what it is.
     workers = max(1, min(num_cuts, 16 * multiprocessors(q.device) // (S * KV)))
-    tile = 32 if q.dtype == torch.float32 else 128
+    tile = 32 if q.dtype == torch.float32 else TILE
     joins = num_cuts <= FEW
     launch(
         _attend, (S * KV, workers),
         q, q.stride(0), k, k.stride(0), v, v.stride(0), cos, sin, q_weight, k_weight, eps, keys, values, length_S, live,
         highest, total, sums, arrived, out, capacity, num_cuts, workers, K**-0.5,
-        KV, group, K, rows, cos.shape[-1], max(16, triton.next_power_of_2(group)), SPLIT, tile, window or 0,
-        live_S is not None, norms is not None, joins, num_warps=4, enable_fp_fusion=False,
+        KV, group, K, rows, cos.shape[-1], max(16, triton.next_power_of_2(group)), SPLIT, tile, STAGES,
+        window or 0, live_S is not None, norms is not None, joins, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     if not joins:
         launch(

@@ -142,7 +142,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 start, len(block), 1 / ctx.temperature, ENTROPY=with_entropy, TILE=TILE, num_warps=4,
             )  # fmt: skip
             if grad_x is not None:
-                grad_x += torch.mm(grad, block, out_dtype=torch.float32)
+                _product(grad, block, grad_x, adds=True)
             if grad_w is not None:
                 _product(grad.mT, x_MD, grad_w[start : start + width])
         return None if grad_x is None else grad_x.to(x_MD.dtype), grad_w, None, None
@@ -153,6 +153,8 @@ def _width(num_tokens: int, num_logits: int) -> int:
     return min(num_logits, max(MAX_LOGITS // max(num_tokens, 1) // 256, 1) * 256)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b in fp32, of bf16 factors."""
+def _product(a: Tensor, b: Tensor, out: Tensor, *, adds: bool = False) -> Tensor:
+    """a b in fp32, of bf16 factors; with `adds`, beside what `out` holds."""
+    if adds:
+        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -77,6 +77,7 @@ class DeviceWriter:
         self._number = np.full(max_running, -1, dtype=np.int64)
         """Of the request in each slot, -1: none."""
         self._told: deque[_Told] = deque()
+        self._aside = torch.cuda.Stream(self._device)
         self._needs: _Needs | None = None
         # In fp32, PyTorch's grouped product reads the sizes of its groups on the host.
         self._capture = not (model.config.num_experts and model.embed_tokens.weight.dtype == torch.float32)
@@ -184,9 +185,16 @@ class DeviceWriter:
 
     def _tell(self, slots: np.ndarray, step: _Step, *, is_first: bool = False) -> None:
         """Send a record to the host."""
-        here = [None if x is None else x.to("cpu", non_blocking=True) for x in step]
-        ready = torch.cuda.Event()
-        ready.record()
+        # Beside the steps, or each would wait for the copy before it. The next one writes over what this one left.
+        kept = [None if x is None else x.clone() for x in step]
+        self._aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._aside):
+            here = [None if x is None else x.to("cpu", non_blocking=True) for x in kept]
+            ready = torch.cuda.Event()
+            ready.record()
+        for x in kept:
+            if x is not None:
+                x.record_stream(self._aside)
         record, experts = here
         assert record is not None
         self._told.append(_Told(self._number[slots], record, experts, ready, is_first))
