@@ -12,12 +12,14 @@ from whorl.model.rotation import rotation
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of one sequence after `length` tokens, on its own storage."""
+    """The state of one sequence after `length` tokens, on its own storage: `[L, H, K, K]` of lightning layers, `[L, KV,
+    length, K]` of softmax layers. (One tensor, since a copy of each layer by itself is a launch of each.)
+    """
 
     length: int
-    lightning: tuple[Tensor, ...]
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    lightning: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class State:
@@ -98,9 +100,9 @@ class State:
         length = int(self.length[slot])
         return Snapshot(
             length,
-            tuple(state[slot].clone() for state in self.lightning),
-            tuple(keys[slot, :, :length].clone() for keys in self.keys),
-            tuple(values[slot, :, :length].clone() for values in self.values),
+            _stacked([state[slot] for state in self.lightning]),
+            _stacked([keys[slot, :, :length] for keys in self.keys]),
+            _stacked([values[slot, :, :length] for values in self.values]),
         )
 
     def restore(self, slots: list[int], snapshot: Snapshot) -> None:
@@ -138,6 +140,10 @@ class State:
         for rows in (self.keys, self.values):
             for row in rows:
                 row[there, :, :length] = row[here, :, :length]
+
+
+def _stacked(layers: list[Tensor]) -> Tensor:
+    return torch.stack(layers) if layers else torch.empty(0)
 
 
 def _copied(old: Tensor, new: Tensor, count: int) -> Tensor:

@@ -1,5 +1,6 @@
 """One conversation with the engine, recorded token by token: what an environment's episode talks to."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -80,12 +81,9 @@ class Dialogue:
         self._key, self._group, self._sample = key, group, sample
         self._shared_key = key if shared_key is None else shared_key
         self._sampling, self._keep_state = sampling or Sampling(), keep_state
-        self._tokens: list[int] = []
-        self._policy: list[bool] = []
-        self._role: list[int] = []
-        self._logp: list[float] = []
-        self._raw_logp: list[float] = []
-        self._version: list[int] = []
+        self._tokens, self._version = array("i"), array("i")
+        self._policy, self._role = array("b"), array("b")
+        self._logp, self._raw_logp = array("f"), array("f")
         self._transcript: list[Turn] = []
         self._heard: tuple[Message, ...] = ()  # messages that were read and have no tokens yet
         self._experts: np.ndarray | None = None  # of the tokens from the first on, as far as they were read
@@ -151,13 +149,14 @@ class Dialogue:
             raise
         if completion.experts is not None:
             self._note_experts(completion.experts, first=len(self._tokens) - len(self._unread))
-        start = len(self._tokens)
-        self._tokens += completion.tokens.tolist()
-        self._policy += [True] * len(completion.tokens)
-        self._role += [role_code(role)] * len(completion.tokens)
-        self._logp += completion.logp.tolist()
-        self._raw_logp += completion.raw_logp.tolist()
-        self._version += completion.version.tolist()
+        start, count = len(self._tokens), len(completion.tokens)
+        for column, values in (
+            (self._tokens, completion.tokens), (self._version, completion.version),
+            (self._logp, completion.logp), (self._raw_logp, completion.raw_logp),
+        ):  # fmt: skip
+            column.frombytes(values.astype(column.typecode).tobytes())
+        self._policy += array("b", [True]) * count
+        self._role += array("b", [role_code(role)]) * count
         self._snapshot, self._unread = completion.snapshot, completion.unread
         if not self._keep_state:
             self._unread = tuple(self._tokens)  # a further turn would read everything again
@@ -249,10 +248,11 @@ class Dialogue:
 
     def _append(self, ids: Sequence[int], role: str) -> None:
         """Tokens from outside the policy: never trained on, no log-prob."""
-        self._tokens += ids
-        self._policy += [False] * len(ids)
-        self._role += [role_code(role)] * len(ids)
-        self._logp += [0.0] * len(ids)
-        self._raw_logp += [0.0] * len(ids)
-        self._version += [-1] * len(ids)
+        count = len(ids)
+        self._tokens += array("i", ids)
+        self._policy += array("b", [False]) * count
+        self._role += array("b", [role_code(role)]) * count
+        self._logp += array("f", [0.0]) * count
+        self._raw_logp += array("f", [0.0]) * count
+        self._version += array("i", [-1]) * count
         self._unread += tuple(ids)
