@@ -61,7 +61,9 @@ def num_rows(trial: Trial, name: str = "metrics.jsonl") -> int:
 
 
 def checkpoints(trial: Trial) -> list[int]:
-    return sorted(int(path.name[5:]) for path in (trial.path / "checkpoints").glob("step_*"))
+    """The whole ones: who leaves while one is written leaves a `.tmp` of it."""
+    found = (trial.path / "checkpoints").glob("step_*")
+    return sorted(int(path.name[5:]) for path in found if path.suffix != ".tmp")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
