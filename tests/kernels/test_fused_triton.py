@@ -31,7 +31,7 @@ def values(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
-def both(function, reference, inputs: list[Tensor], dtype: torch.dtype) -> None:
+def assert_both_agree(function, reference, inputs: list[Tensor], dtype: torch.dtype) -> None:
     """The same outputs and gradients from a kernel in `dtype` and from the reference in float64."""
     narrow = [x.detach().requires_grad_() for x in inputs]
     wide = [x.detach().double().requires_grad_() for x in inputs]
@@ -51,7 +51,7 @@ def both(function, reference, inputs: list[Tensor], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(5, 24), (3, 2, 40), (2, 3000), (1100, 8)])
 def test_the_norm_and_its_gradients_are_those_of_pytorch(shape, dtype):
     weight = values(shape[-1], dtype=dtype, seed=1)
-    both(
+    assert_both_agree(
         lambda x, w: fused_triton.rms_norm(x, w, 1e-5),
         lambda x, w: F.rms_norm(x, w.shape, w, 1e-5),
         [values(*shape, dtype=dtype), weight],
@@ -79,14 +79,14 @@ def test_a_sum_and_its_norm_and_their_gradients_are_those_of_pytorch(shape, alph
     inputs = [values(*shape, dtype=dtype, seed=seed) for seed in (0, 1)]
     weight = values(shape[-1], dtype=dtype, seed=2)
     if outputs == (0,):  # of which the weight has no part
-        both(
+        assert_both_agree(
             lambda x, b: chosen(fused_triton.add_norm(x, b, alpha, beta, weight, 1e-5)),
             lambda x, b: chosen(plain(x, b, weight.double())),
             inputs,
             dtype,
         )
         return
-    both(
+    assert_both_agree(
         lambda x, b, w: chosen(fused_triton.add_norm(x, b, alpha, beta, w, 1e-5)),
         lambda x, b, w: chosen(plain(x, b, w)),
         [*inputs, weight],
@@ -100,7 +100,7 @@ def test_heads_are_turned_as_pytorch_turns_them_and_gradients_turned_back(heads,
     angle = values(7, 1, rotary // 2, dtype=torch.float32, seed=2)
     angle = torch.cat([angle, angle], dim=-1)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    both(
+    assert_both_agree(
         lambda x: fused_triton.rotate(x, cos, sin),
         lambda x: rotate(x, cos.double(), sin.double()),
         [values(7, heads, width, dtype=dtype)],
@@ -111,7 +111,7 @@ def test_heads_are_turned_as_pytorch_turns_them_and_gradients_turned_back(heads,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 80), (700, 10)])
 def test_swiglu_and_its_gradient_are_those_of_pytorch(shape, dtype):
-    both(fused_triton.swiglu, swiglu, [values(*shape, dtype=dtype)], dtype)
+    assert_both_agree(fused_triton.swiglu, swiglu, [values(*shape, dtype=dtype)], dtype)
 
 
 @pytest.mark.gpu

@@ -208,7 +208,7 @@ def _carry_out(
     """Give every start and every waiting trial a process, `jobs` at once, shared out evenly among the GPUs where there
     are several. A trial waits for its start and no other; `keep` is called for each when it has ended.
     """
-    making = {start.folder: start for start in starts}
+    making, everything = {start.folder: start for start in starts}, [*starts, *trials]
     waiting, running = [*starts, *(task for task in trials if task.state == "waiting")], []
     gpus = visible_gpus() if comparison.budget == "gpu" else []
     try:
@@ -217,7 +217,8 @@ def _carry_out(
                 if len(running) == jobs:
                     break
                 waiting.remove(task)
-                if _is_refused(task, making):
+                _look_at_start(task, making)
+                if task.state != "waiting":
                     keep(task)
                     continue
                 if gpus:
@@ -229,14 +230,14 @@ def _carry_out(
                 _conclude(task)
                 if task.kind == "trial":
                     keep(task)
-            show([*starts, *trials])
+            show(everything)
     finally:
         for task in running:
             assert task.process is not None and task.process.stdin is not None
             task.process.kill()
             task.process.wait()
             task.process.stdin.close()
-    show([*starts, *trials])
+    show(everything)
 
 
 def _is_open(making: Mapping[Path, Task], start: Path | None) -> bool:
@@ -244,18 +245,17 @@ def _is_open(making: Mapping[Path, Task], start: Path | None) -> bool:
     return start is not None and start in making and making[start].state in ("waiting", "running")
 
 
-def _is_refused(trial: Task, making: Mapping[Path, Task]) -> bool:
-    """Whether its start cannot be used, which the trial then says."""
-    if trial.kind == "start" or trial.start is None:
-        return False
-    found = read_start(trial.start / "start")
+def _look_at_start(task: Task, making: Mapping[Path, Task]) -> None:
+    """A trial whose start cannot be used does not wait any more, and says why. (A start has none.)"""
+    if task.start is None:
+        return
+    found = read_start(task.start / "start")
     if found is None:
-        made = making.get(trial.start)
+        made = making.get(task.start)
         why = made.note if made else "its process ended without a result"
-        trial.state, trial.note, trial.log = "broken", f"its start: {why}", trial.start / "log.txt"
+        task.state, task.note, task.log = "broken", f"its start: {why}", task.start / "log.txt"
     elif found.reason:
-        trial.state, trial.note = "failed", f"its start did not pass its gate: {found.reason}"
-    return trial.state != "waiting"
+        task.state, task.note = "failed", f"its start did not pass its gate: {found.reason}"
 
 
 def _begin(comparison: Comparison, task: Task) -> Task:

@@ -1,7 +1,8 @@
 """A comparison as it goes on: a table of arms and seeds on a terminal, a line per finished trial elsewhere."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import rich.console
 from rich.live import Live
@@ -62,16 +63,14 @@ def table_of(tasks: Sequence[Task], seconds: float) -> Table:
     for seed in seeds:
         table.add_column(f"seed {seed}", no_wrap=True)
     for arm in dict.fromkeys(arm for arm, _ in trials):
-        row = [trials.get((arm, seed)) for seed in seeds]
-        table.add_row(
-            arm, *(_cell(task, starts.get(task.start) if task and task.start else None) for task in row)
-        )
+        table.add_row(arm, *(_cell(trials.get((arm, seed)), starts) for seed in seeds))
     return table
 
 
-def _cell(task: Task | None, start: Task | None) -> Text:
+def _cell(task: Task | None, starts: Mapping[Path, Task]) -> Text:
     if task is None:
         return Text("")
+    start = starts.get(task.start) if task.start else None
     if task.state == "waiting" and start is not None and start.state == "running":
         return Text(visible(f"start {_progress(start)}")[:40], style=STYLES["running"])
     text = _progress(task) if task.state == "running" else f"{task.state} {task.note}".rstrip()

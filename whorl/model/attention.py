@@ -274,18 +274,8 @@ class SoftmaxAttention(nn.Module):
             norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
         keys, values = state.keys[self.index], state.values[self.index]
         return attend_step(
-            q,
-            k,
-            v,
-            state.rotation,
-            keys,
-            values,
-            step.start_S,
-            step.live_S,
-            self.window,
-            state.arrived,
-            norms,
-        )
+            q, k, v, state.rotation, keys, values, step.start_S, step.live_S, self.window, state.arrived, norms
+        )  # fmt: skip
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """Several new tokens per sequence after what its slot holds; the cache is extended."""

@@ -1,4 +1,6 @@
-"""The rotary embedding: cos and sin of positions, and heads turned by them."""
+"""The rotary embedding: cos and sin of positions, and heads turned by them. (Frequencies are in `rope`, which the
+configuration reads and which therefore knows nothing of it.)
+"""
 
 import torch
 from torch import Tensor
